@@ -1,0 +1,445 @@
+"""The server's side of the handshake as a state machine: bytes in, bytes out, no I/O.
+
+Theory. The server speaks first (`ServerHandshake.greeting`). After that the client leads:
+
+    state         awaits                        then
+    ------------  ----------------------------  ---------------------------------------------
+    CLIENT_FLAGS  4 bytes of client flags       OPTIONS; CLOSED if a flag was not offered
+    OPTIONS       16 bytes of option header,    the option's row in the table below; CLOSED on
+                  then the option's payload     a bad magic, an absurd length, too many options
+    TRANSMISSION  nothing: handshake is over    what came after it is in `leftover`
+    CLOSED        nothing: drop the connection  the reason is in `error`, None after an ABORT
+
+    option             payload       success               refusal
+    -----------------  ------------  --------------------  ----------------------------------
+    EXPORT_NAME        name          TRANSMISSION          CLOSED (it knows no error reply)
+    ABORT              ignored       REP_ACK, CLOSED       -
+    LIST               none          REP_SERVER..., ACK    error reply, OPTIONS
+    STARTTLS           none          -                     UNSUP: this server has no TLS
+    INFO               name, infos   REP_INFO..., ACK      error reply, OPTIONS
+    GO                 name, infos   the same, then        error reply, OPTIONS
+                                     TRANSMISSION
+    STRUCTURED_REPLY   none          ACK                   error reply, OPTIONS
+    *_META_CONTEXT     name, queries REP_META_CONTEXT...,  error reply, OPTIONS
+                                     ACK
+    anything else      skipped       -                     UNSUP, OPTIONS
+
+A refused option never desynchronizes the stream: its payload is always read to the end, and is
+never stored when it cannot be used. So a connection holds at most one payload of the longest
+option that makes sense, and the replies of one `receive` stop at `MAX_REPLY_BATCH`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+from .constants import (
+    CONTEXT_BASE_ALLOCATION,
+    FLAG_C_FIXED_NEWSTYLE,
+    FLAG_C_NO_ZEROES,
+    FLAG_FIXED_NEWSTYLE,
+    FLAG_HAS_FLAGS,
+    FLAG_NO_ZEROES,
+    FLAG_SEND_DF,
+    IHAVEOPT,
+    INFO_BLOCK_SIZE,
+    INFO_DESCRIPTION,
+    INFO_NAME,
+    MAX_PAYLOAD,
+    MAX_STRING,
+    NBDMAGIC,
+    OPT_ABORT,
+    OPT_EXPORT_NAME,
+    OPT_GO,
+    OPT_INFO,
+    OPT_LIST,
+    OPT_LIST_META_CONTEXT,
+    OPT_SET_META_CONTEXT,
+    OPT_STRUCTURED_REPLY,
+    REP_ACK,
+    REP_ERR_INVALID,
+    REP_ERR_SHUTDOWN,
+    REP_ERR_TOO_BIG,
+    REP_ERR_UNSUP,
+    REP_INFO,
+    REP_META_CONTEXT,
+    REP_SERVER,
+    ZEROES_LENGTH,
+    name_of,
+)
+from .errors import HandshakeError
+from .options import (
+    OPTION_HEADER,
+    BlockSize,
+    decode_context_query,
+    decode_export_query,
+    decode_string,
+    encode_context,
+    encode_display,
+    encode_info_block_size,
+    encode_info_export,
+    encode_info_string,
+    encode_reply,
+    encode_server,
+    encode_string,
+    match_contexts,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+CLIENT_FLAGS: Final = "CLIENT_FLAGS"
+OPTIONS: Final = "OPTIONS"
+TRANSMISSION: Final = "TRANSMISSION"
+CLOSED: Final = "CLOSED"
+
+MAX_OPTION_DATA: Final = 4 + MAX_STRING + 2 + 2 * 0xFFFF
+"""Longest payload that is stored: the longest INFO or GO that the specification can express."""
+
+MAX_OPTION_SKIP: Final = MAX_PAYLOAD
+"""Longest payload that is read and thrown away; whoever announces more is dropped."""
+
+MAX_OPTIONS: Final = 256
+"""Options that a client may send without choosing an export, before it is dropped."""
+
+MAX_REPLY_BATCH: Final = 256 * 1024
+"""When one `receive` has gathered this many bytes of replies, it takes up no further option."""
+
+
+class ExportInfo(NamedTuple):
+    """What a client learns of an export when it opens it.
+
+    ``name`` is the canonical name (INFO_NAME), ``size`` is in bytes, ``flags`` are the
+    transmission flags: HAS_FLAGS is added, and SEND_DF is set or cleared, by the handshake.
+    ``block_size`` is None where the export has no constraints to tell.
+    """
+
+    name: str
+    size: int
+    flags: int
+    description: str = ""
+    block_size: BlockSize | None = None
+
+
+class ExportSource(Protocol):
+    """Where a handshake gets its exports from. Each method may raise `HandshakeError`."""
+
+    def list_exports(self) -> Sequence[tuple[str, str]]:
+        """Return name and description of each export, for LIST.
+
+        A name that cannot be sent (over 4096 bytes, NUL, not Unicode) is left out of the reply.
+        """
+
+    def open(self, name: str) -> ExportInfo:
+        """Open the export that a client asks for by INFO, GO or EXPORT_NAME.
+
+        ``""`` is the default export. Called once for each such option: the last one opened
+        before TRANSMISSION is the one to serve, what was opened before it is to be closed.
+        Raises HandshakeError with REP_ERR_UNKNOWN if there is no such export.
+        """
+
+    def contexts(self, name: str) -> Sequence[str]:
+        """Return the metadata contexts to choose from for an export, without opening it.
+
+        For LIST_META_CONTEXT and SET_META_CONTEXT. An explicit subclass inherits the answer
+        ``base:allocation`` for every name. Raises HandshakeError with REP_ERR_UNKNOWN where it
+        is cheap to know that there is no such export.
+        """
+        del name
+        return (CONTEXT_BASE_ALLOCATION,)
+
+
+class Negotiated(NamedTuple):
+    """What client and server agreed on, for the transmission phase.
+
+    ``contexts`` has ID and name of each metadata context selected for this very export.
+    """
+
+    export: ExportInfo
+    structured_replies: bool
+    no_zeroes: bool
+    contexts: tuple[tuple[int, str], ...]
+
+
+class ServerHandshake:
+    """One connection's handshake; feed it what the client sends, send what it returns.
+
+    Arguments:
+        exports: the exports to offer.
+        structured_replies: whether to grant them (``--no-sr`` clears it; metadata contexts,
+            which need them, then go as well).
+        fixed: whether to offer fixed newstyle (``--mask-handshake``). Without it EXPORT_NAME is
+            the only option that exists.
+        no_zeroes: whether to offer NO_ZEROES (``--mask-handshake``).
+
+    Attributes:
+        state: CLIENT_FLAGS, OPTIONS, TRANSMISSION or CLOSED.
+        error: why the machine itself ended the connection, one line for the log, else None.
+    """
+
+    def __init__(
+        self,
+        exports: ExportSource,
+        *,
+        structured_replies: bool = True,
+        fixed: bool = True,
+        no_zeroes: bool = True,
+    ) -> None:
+        self.state = CLIENT_FLAGS
+        self.error: str | None = None
+        self._exports = exports
+        self._offer_structured = structured_replies
+        self._offer_flags = fixed * FLAG_FIXED_NEWSTYLE | no_zeroes * FLAG_NO_ZEROES
+        self._client_flags = 0
+        self._shutting_down = False
+
+        self._structured = False
+        self._contexts_for = ""
+        self._contexts: list[str] = []
+        self._negotiated: Negotiated | None = None
+
+        self._input = bytearray()
+        self._options_seen = 0
+        self._option: int | None = None  # The option whose payload is awaited.
+        self._left = 0  # Bytes of that payload which have not come or been skipped yet.
+        self._refusal: HandshakeError | None = None  # Decided by the option's header alone.
+
+    @property
+    def negotiated(self) -> Negotiated:
+        """What was agreed on; raises RuntimeError before the state is TRANSMISSION."""
+        if self._negotiated is None:
+            raise RuntimeError(f"nothing is negotiated yet, the state is {self.state}")
+        return self._negotiated
+
+    @property
+    def leftover(self) -> bytes:
+        """Bytes received after the handshake's end: the head of the transmission phase."""
+        return bytes(self._input) if self.state == TRANSMISSION else b""
+
+    def greeting(self) -> bytes:
+        """Return what the server sends before anything else ("Newstyle negotiation")."""
+        return (NBDMAGIC << 80 | IHAVEOPT << 16 | self._offer_flags).to_bytes(18, "big")
+
+    def receive(self, data: bytes | bytearray | memoryview) -> bytes:
+        """Take bytes from the client and return the bytes to send to it, perhaps none.
+
+        How the input is split makes no difference. After a non-empty answer has been sent, call
+        again with ``b""`` until nothing is returned: a client that sends options without
+        awaiting the replies is answered in pieces of bounded size.
+        """
+        if self.state == CLOSED:
+            return b""
+        self._input += data
+        output = bytearray()
+        while len(output) < MAX_REPLY_BATCH:
+            reply = self._step()
+            if reply is None:
+                break
+            output += reply
+        return bytes(output)
+
+    def begin_shutdown(self) -> None:
+        """Refuse every option from now on with REP_ERR_SHUTDOWN; ABORT is still honoured."""
+        self._shutting_down = True
+
+    # --- The machine ---------------------------------------------------------------------
+
+    def _step(self) -> bytes | None:
+        """Do one step and return its reply, or return None if nothing can be done yet."""
+        if self.state == CLIENT_FLAGS and len(self._input) >= 4:
+            return self._on_client_flags(int.from_bytes(self._take(4), "big"))
+        if self.state != OPTIONS:
+            return None
+        if self._option is None:
+            if len(self._input) < OPTION_HEADER.size:
+                return None
+            return self._on_option_header(*OPTION_HEADER.unpack(self._take(OPTION_HEADER.size)))
+        if self._is_skipping():
+            skipped = min(self._left, len(self._input))
+            del self._input[:skipped]
+            self._left -= skipped
+            return self._on_option(b"") if self._left == 0 else None
+        if len(self._input) < self._left:
+            return None
+        return self._on_option(self._take(self._left))
+
+    def _take(self, count: int) -> bytes:
+        data = bytes(self._input[:count])
+        del self._input[:count]
+        return data
+
+    def _close(self, reason: str | None) -> bytes:
+        self.state = CLOSED
+        self.error = reason
+        self._input.clear()
+        return b""
+
+    def _on_client_flags(self, flags: int) -> bytes:
+        if flags & ~self._offer_flags:  # The flags' bits are the same in both directions.
+            return self._close(f"client flags 0x{flags:x}, offered 0x{self._offer_flags:x}")
+        self._client_flags = flags
+        self.state = OPTIONS
+        return b""
+
+    def _on_option_header(self, magic: int, option: int, length: int) -> bytes:
+        name = name_of("OPT_", option)
+        self._options_seen += 1
+        if magic != IHAVEOPT:
+            return self._close(f"option with magic 0x{magic:016x} instead of 0x{IHAVEOPT:016x}")
+        if self._options_seen > MAX_OPTIONS:
+            return self._close(f"client sent {MAX_OPTIONS} options without choosing an export")
+        if length > MAX_OPTION_SKIP:
+            return self._close(f"{name}: payload of {length} bytes is too long")
+        if option == OPT_SET_META_CONTEXT:
+            # "Issuing this command replaces all previously-set metadata contexts (including
+            # when this command fails)."
+            self._contexts = []
+        if option == OPT_EXPORT_NAME:
+            if length > MAX_STRING:
+                return self._close(f"{name}: export name of {length} bytes is too long")
+            if self._shutting_down:
+                return self._close(f"{name}: the server is shutting down")
+        elif not self._offer_flags & FLAG_FIXED_NEWSTYLE:
+            return self._close(f"{name}: not allowed without fixed newstyle")
+        self._option = option
+        self._left = length
+        self._refusal = self._judge_header(option, length)
+        return b""
+
+    def _judge_header(self, option: int, length: int) -> HandshakeError | None:
+        """Return why an option is refused whatever its payload says, or None."""
+        name = name_of("OPT_", option)
+        if option in (OPT_EXPORT_NAME, OPT_ABORT):
+            return None
+        if self._shutting_down:
+            return HandshakeError(REP_ERR_SHUTDOWN, "the server is shutting down")
+        if not self._client_flags & FLAG_C_FIXED_NEWSTYLE:
+            # Such a client may know the error replies or not: it was offered them. Keep it.
+            message = f"{name}: the client did not agree to fixed newstyle"
+            return HandshakeError(REP_ERR_INVALID, message)
+        if option not in self._HANDLERS:
+            return HandshakeError(REP_ERR_UNSUP, f"option {option} is not supported")
+        if option in (OPT_LIST, OPT_STRUCTURED_REPLY) and length:
+            return HandshakeError(REP_ERR_INVALID, f"{name} takes no data, {length} bytes came")
+        if length > MAX_OPTION_DATA:
+            message = f"{name}: {length} bytes of data, the server takes {MAX_OPTION_DATA}"
+            return HandshakeError(REP_ERR_TOO_BIG, message)
+        return None
+
+    def _is_skipping(self) -> bool:
+        return self._refusal is not None or self._option == OPT_ABORT
+
+    def _on_option(self, data: bytes) -> bytes:
+        """Answer the awaited option, now that its payload is complete (or skipped)."""
+        option, refusal = self._option, self._refusal
+        assert option is not None
+        self._option, self._refusal = None, None
+        try:
+            if refusal is not None:
+                raise refusal
+            return self._HANDLERS[option](self, option, data)
+        except HandshakeError as error:
+            if option == OPT_EXPORT_NAME:
+                return self._close(f"NBD_OPT_EXPORT_NAME: {error.message}")
+            return encode_reply(option, error.code, encode_display(error.message))
+
+    # --- The options ---------------------------------------------------------------------
+
+    def _on_export_name(self, _option: int, data: bytes) -> bytes:
+        name = decode_string(data, "export name")
+        export = self._exports.open(name)
+        self._enter_transmission(name, export)
+        reply = export.size.to_bytes(8, "big") + self._flags(export).to_bytes(2, "big")
+        if self._client_flags & FLAG_C_NO_ZEROES:
+            return reply
+        return reply + bytes(ZEROES_LENGTH)
+
+    def _on_abort(self, option: int, _data: bytes) -> bytes:
+        self._close(None)
+        return encode_reply(option, REP_ACK)
+
+    def _on_list(self, option: int, _data: bytes) -> bytes:
+        replies = []
+        for name, description in self._exports.list_exports():
+            try:
+                payload = encode_server(name, description)
+            except ValueError:
+                continue  # No client could ask for such a name.
+            replies.append(encode_reply(option, REP_SERVER, payload))
+        replies.append(encode_reply(option, REP_ACK))
+        return b"".join(replies)
+
+    def _on_info_or_go(self, option: int, data: bytes) -> bytes:
+        query = decode_export_query(data)
+        export = self._exports.open(query.name)
+        infos = [encode_info_export(export.size, self._flags(export))]
+        if INFO_NAME in query.infos:
+            try:
+                name = encode_string(export.name, "export name")
+            except ValueError:  # Nothing that a client could use; the info is optional.
+                pass
+            else:
+                infos.append(encode_info_string(INFO_NAME, name))
+        if INFO_DESCRIPTION in query.infos and export.description:
+            description = encode_display(export.description)
+            infos.append(encode_info_string(INFO_DESCRIPTION, description))
+        if INFO_BLOCK_SIZE in query.infos and export.block_size is not None:
+            infos.append(encode_info_block_size(export.block_size))
+        if option == OPT_GO:
+            self._enter_transmission(query.name, export)
+        replies = [encode_reply(option, REP_INFO, info) for info in infos]
+        return b"".join([*replies, encode_reply(option, REP_ACK)])
+
+    def _on_structured_reply(self, option: int, _data: bytes) -> bytes:
+        if not self._offer_structured:
+            raise HandshakeError(REP_ERR_UNSUP, "structured replies are switched off")
+        self._structured = True
+        return encode_reply(option, REP_ACK)
+
+    def _on_meta_context(self, option: int, data: bytes) -> bytes:
+        if not self._offer_structured:
+            raise HandshakeError(REP_ERR_UNSUP, "structured replies are switched off")
+        setting = option == OPT_SET_META_CONTEXT
+        if setting and not self._structured:
+            raise HandshakeError(REP_ERR_INVALID, "structured replies must be negotiated first")
+        query = decode_context_query(data)
+        available = self._exports.contexts(query.name)
+        if setting:
+            contexts = match_contexts(available, query.queries, wildcards=False)
+            self._contexts_for, self._contexts = query.name, contexts
+        elif query.queries:
+            contexts = match_contexts(available, query.queries, wildcards=True)
+        else:
+            contexts = list(available)
+        replies = [
+            # The ID means something in the reply to SET alone; in a listing it "SHOULD be zero".
+            encode_reply(option, REP_META_CONTEXT, encode_context(number if setting else 0, name))
+            for number, name in enumerate(contexts, 1)
+        ]
+        return b"".join([*replies, encode_reply(option, REP_ACK)])
+
+    def _flags(self, export: ExportInfo) -> int:
+        flags = export.flags | FLAG_HAS_FLAGS
+        return flags | FLAG_SEND_DF if self._structured else flags & ~FLAG_SEND_DF
+
+    def _enter_transmission(self, name: str, export: ExportInfo) -> None:
+        if name != self._contexts_for:
+            self._contexts = []  # They were selected for another export.
+        self.state = TRANSMISSION
+        self._negotiated = Negotiated(
+            export=export._replace(flags=self._flags(export)),
+            structured_replies=self._structured,
+            no_zeroes=bool(self._client_flags & FLAG_C_NO_ZEROES),
+            contexts=tuple(enumerate(self._contexts, 1)),
+        )
+
+    _HANDLERS: Final[dict[int, Callable[[ServerHandshake, int, bytes], bytes]]] = {
+        OPT_EXPORT_NAME: _on_export_name,
+        OPT_ABORT: _on_abort,
+        OPT_LIST: _on_list,
+        OPT_INFO: _on_info_or_go,
+        OPT_GO: _on_info_or_go,
+        OPT_STRUCTURED_REPLY: _on_structured_reply,
+        OPT_LIST_META_CONTEXT: _on_meta_context,
+        OPT_SET_META_CONTEXT: _on_meta_context,
+    }
