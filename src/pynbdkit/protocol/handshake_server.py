@@ -31,7 +31,7 @@ option that makes sense, and the replies of one `receive` stop at `MAX_REPLY_BAT
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from .constants import (
     CONTEXT_BASE_ALLOCATION,
@@ -68,9 +68,9 @@ from .constants import (
     name_of,
 )
 from .errors import HandshakeError
+from .negotiated import ExportInfo, Negotiated
 from .options import (
     OPTION_HEADER,
-    BlockSize,
     decode_context_query,
     decode_export_query,
     decode_string,
@@ -88,6 +88,8 @@ from .options import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+__all__ = ["ExportInfo", "ExportSource", "HandshakeError", "Negotiated", "ServerHandshake"]
+
 CLIENT_FLAGS: Final = "CLIENT_FLAGS"
 OPTIONS: Final = "OPTIONS"
 TRANSMISSION: Final = "TRANSMISSION"
@@ -104,21 +106,6 @@ MAX_OPTIONS: Final = 256
 
 MAX_REPLY_BATCH: Final = 256 * 1024
 """When one `receive` has gathered this many bytes of replies, it takes up no further option."""
-
-
-class ExportInfo(NamedTuple):
-    """What a client learns of an export when it opens it.
-
-    ``name`` is the canonical name (INFO_NAME), ``size`` is in bytes, ``flags`` are the
-    transmission flags: HAS_FLAGS is added, and SEND_DF is set or cleared, by the handshake.
-    ``block_size`` is None where the export has no constraints to tell.
-    """
-
-    name: str
-    size: int
-    flags: int
-    description: str = ""
-    block_size: BlockSize | None = None
 
 
 class ExportSource(Protocol):
@@ -147,18 +134,6 @@ class ExportSource(Protocol):
         """
         del name
         return (CONTEXT_BASE_ALLOCATION,)
-
-
-class Negotiated(NamedTuple):
-    """What client and server agreed on, for the transmission phase.
-
-    ``contexts`` has ID and name of each metadata context selected for this very export.
-    """
-
-    export: ExportInfo
-    structured_replies: bool
-    no_zeroes: bool
-    contexts: tuple[tuple[int, str], ...]
 
 
 class ServerHandshake:

@@ -91,6 +91,12 @@ def encode_display(text: str) -> bytes:
     return data if len(data) <= MAX_STRING else data[:MAX_STRING].decode(errors="ignore").encode()
 
 
+def decode_display(data: bytes) -> str:
+    """Return a text for people in one line: no control characters reach the user's terminal."""
+    text = data.decode(errors="replace")
+    return "".join([char if char.isprintable() else " " for char in text])
+
+
 def shorten(text: str, limit: int = 64) -> str:
     """Return ``text`` quoted and cut to ``limit`` characters, for a message of one line."""
     return repr(text) if len(text) <= limit else repr(text[:limit]) + "..."
@@ -163,7 +169,7 @@ def decode_server(data: bytes) -> tuple[str, str]:
     """Return name and description out of REP_SERVER; raises HandshakeError."""
     reader = _Reader(data)
     name = reader.string("export name")
-    return name, decode_string(reader.rest(), "export description")
+    return name, decode_display(reader.rest())
 
 
 def encode_info_export(size: int, flags: int) -> bytes:
