@@ -1,0 +1,174 @@
+"""Chain: one plugin and the filters in front of it, through their whole life.
+
+The filters stand in the order of the command line, the first one outermost: it sees each request,
+and each key=value, first (nbdkit-filter(3)). `open` makes the stack of `Layer`s for a connection.
+"""
+
+from __future__ import annotations
+
+from .complete import Layer
+from .errors import ConfigError, OpenError
+from .flags import ThreadModel
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from .filter import Filter
+    from .plugin import Plugin
+    from .session import Session
+
+
+class Chain:
+    """The configured layers of one server; plugin innermost."""
+
+    def __init__(self, plugin: Plugin, filters: Sequence[Filter] = ()) -> None:
+        self.plugin = plugin
+        self.filters = list(filters)
+        self._loaded: list[Plugin | Filter] = []
+
+    @property
+    def layers(self) -> list[Plugin | Filter]:
+        """Outermost first."""
+        return [*self.filters, self.plugin]
+
+    @property
+    def name(self) -> str:
+        """The plugin's name, for messages."""
+        return self.plugin.name or type(self.plugin).__name__
+
+    # -- configuration -----------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Call each layer's `load`, the plugin first."""
+        for layer in reversed(self.layers):
+            layer.load()
+            self._loaded.append(layer)
+
+    def config(self, key: str, value: str) -> None:
+        """Hand key=value to the first layer that takes it. Raises ConfigError where none does."""
+        for filter in self.filters:
+            if filter.config(key, value):
+                return
+        self.plugin.config(key, value)
+
+    def complete(self) -> None:
+        """Check required parameters and call `config_complete`, outermost first."""
+        for layer in self.layers:
+            layer.check_parameters()
+            layer.config_complete()
+        self.thread_model()
+
+    def thread_model(self) -> int:
+        """The strictest thread model of all layers."""
+        for layer in self.layers:
+            model = layer.thread_model
+            if not (isinstance(model, int) and 0 <= model <= ThreadModel.PARALLEL):
+                raise ConfigError(
+                    f"{layer.name}: thread_model is {model!r}, not 0 (serialize_connections)"
+                    " to 3 (parallel)"
+                )
+        return min(layer.thread_model for layer in self.layers)
+
+    def get_ready(self) -> None:
+        """Call `get_ready`, outermost first, before the server forks."""
+        for layer in self.layers:
+            layer.get_ready()
+
+    def after_fork(self) -> None:
+        """Call `after_fork`, outermost first, in the process that serves."""
+        for layer in self.layers:
+            layer.after_fork()
+
+    def cleanup(self) -> list[Exception]:
+        """Call `cleanup`, outermost first, each whatever the others do; returns what was raised."""
+        return _all(layer.cleanup for layer in self.layers)
+
+    def unload(self) -> list[Exception]:
+        """Call `unload` for what was loaded, outermost first; returns what was raised."""
+        loaded, self._loaded = self._loaded, []
+        return _all(layer.unload for layer in reversed(loaded))
+
+    # -- connections ---------------------------------------------------------------------------
+
+    def preconnect(self, readonly: bool) -> None:
+        """Ask each layer, outermost first, whether it wants this client."""
+        for layer in self.layers:
+            layer.preconnect(readonly)
+
+    def list_exports(self, readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
+        """What the outermost layer offers, as (name, description) pairs."""
+
+        def below(index: int) -> Iterable[str | tuple[str, str]]:
+            if index == len(self.filters):
+                return self.plugin.list_exports(readonly, is_tls)
+            return self.filters[index].list_exports(lambda: below(index + 1), readonly, is_tls)
+
+        result = []
+        for item in below(0):
+            name, description = (item, "") if isinstance(item, str) else item
+            if not isinstance(name, str) or not isinstance(description or "", str):
+                raise OpenError(f"list_exports: {item!r} is neither a name nor (name, description)")
+            result.append((name, description or ""))
+        return result
+
+    def default_export(self, readonly: bool, is_tls: bool) -> str:
+        """The name that "" stands for, as the outermost layer has it."""
+
+        def below(index: int) -> str:
+            if index == len(self.filters):
+                return self.plugin.default_export(readonly, is_tls)
+            return self.filters[index].default_export(lambda: below(index + 1), readonly, is_tls)
+
+        name = below(0)
+        if not isinstance(name, str):
+            raise OpenError(f"default_export returned {name!r}, not a text")
+        return name
+
+    def open(self, session: Session) -> Layer:
+        """Open every layer for a connection, outermost first, and return the outermost.
+
+        Whatever a layer raises is passed on, after the layers that are open were closed.
+        """
+        opened: list[Layer] = []
+
+        def open_at(index: int, session: Session) -> Layer:
+            if index == len(self.filters):
+                device = self.plugin.open(session)
+                if device.blocking is None and self.plugin.blocking is not None:
+                    device.blocking = self.plugin.blocking
+                layer = Layer(device, session, self.name)
+            else:
+                filter = self.filters[index]
+                below: list[Layer] = []
+
+                def next_open(session: Session) -> Layer:
+                    below.append(open_at(index + 1, session))
+                    return below[-1]
+
+                device = filter.open(next_open, session)
+                if not below:
+                    raise OpenError(f"{filter.name}: open did not open the next layer")
+                if device.blocking is None:
+                    device.blocking = filter.blocking
+                layer = Layer(device, session, filter.name, below[-1])
+                opened.remove(below[-1])
+            opened.append(layer)
+            return layer
+
+        try:
+            return open_at(0, session)
+        except BaseException:
+            for layer in opened:
+                _all([layer.close])
+            raise
+
+
+def _all(calls: Iterable[object]) -> list[Exception]:
+    failures: list[Exception] = []
+    for call in calls:
+        try:
+            call()  # type: ignore[operator]
+        except Exception as failure:
+            failures.append(failure)
+    return failures

@@ -1,0 +1,81 @@
+"""Filter: a layer around a plugin or another filter.
+
+A Filter is configured once per process (it sees each key=value before the layers below it, and
+takes what it declares). For each connection `open` wraps the next layer in a `FilterDevice`. A
+FilterDevice overrides the operations that it changes; each one that it leaves alone costs nothing,
+because it is bound straight to the layer that has it.
+
+`self.next` is complete: every operation and question is there, whatever the plugin left out, and a
+flag may be passed on where `next` says that it can (`self.next.can_fua()` …).
+"""
+
+from __future__ import annotations
+
+from .device import Device
+from .flags import ThreadModel
+from .parameters import Configurable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from .complete import Layer
+    from .session import Session
+
+
+class FilterDevice(Device):
+    """A device around `next`: a method that is not overridden is the next layer's own.
+
+    `close` must not close `next` (the server does, afterwards); `next` still works in it.
+    """
+
+    def __init__(self, next: Layer) -> None:
+        self.next = next
+
+
+class Filter(Configurable):
+    """Base class of filters."""
+
+    thread_model: int = ThreadModel.PARALLEL
+    """The most that this filter stands; the strictest layer decides."""
+    blocking: bool | None = False
+    """Whether its own code may wait: True (delay), False (most filters: nothing is added)."""
+
+    def load(self) -> None:
+        """Called once, first."""
+
+    def unload(self) -> None:
+        """Called once, last."""
+
+    def config(self, key: str, value: str) -> bool:
+        """One key=value from the command line: True where it is this filter's, else it goes on."""
+        return self.take_parameter(key, value)
+
+    def config_complete(self) -> None:
+        """All parameters are there: look at them together."""
+
+    def get_ready(self) -> None:
+        """Before the server forks into the background."""
+
+    def after_fork(self) -> None:
+        """In the process that serves."""
+
+    def cleanup(self) -> None:
+        """The server stops; no client is left."""
+
+    def preconnect(self, readonly: bool) -> None:
+        """A client has connected; raise to refuse it."""
+
+    def list_exports(
+        self, next: Callable[[], Iterable[str | tuple[str, str]]], readonly: bool, is_tls: bool
+    ) -> Iterable[str | tuple[str, str]]:
+        """The next layer's exports, changed as the filter likes."""
+        return next()
+
+    def default_export(self, next: Callable[[], str], readonly: bool, is_tls: bool) -> str:
+        """The next layer's default export, changed as the filter likes."""
+        return next()
+
+    def open(self, next: Callable[[Session], Layer], session: Session) -> Device:
+        """Open the next layer and wrap it; a session for it may be changed (`session.replace`)."""
+        return FilterDevice(next(session))

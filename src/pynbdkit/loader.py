@@ -1,0 +1,159 @@
+"""From a name on the command line to a Plugin or Filter.
+
+A name is, in this order: a path (it has a "/" or ends in .py); a module of ours in
+`pynbdkit.plugins` or `pynbdkit.filters` (no list: the file's name is the plugin's name, with "_"
+for "-"); an entry point of an installed distribution (group `pynbdkit.plugins`,
+`pynbdkit.filters`). A module has exactly one public class of the kind.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .errors import LoadError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from .filter import Filter
+    from .plugin import Plugin
+
+HOW = "Use 'pynbdkit --help' for the usage, or 'pynbdkit --dump-config' for what is installed."
+
+
+def load_plugin(name: str) -> Plugin:
+    """The plugin called `name`, not configured. Raises LoadError in one line."""
+    from .plugin import Plugin
+
+    if is_path(name):
+        return _plugin_from_file(name)
+    found = _find("plugin", name, Plugin)
+    assert isinstance(found, Plugin)
+    return found
+
+
+def load_filter(name: str) -> Filter:
+    """The filter called `name`, not configured. Raises LoadError in one line."""
+    from .filter import Filter
+
+    if is_path(name):
+        module = _module_from_file(name)
+        kind = _class_in(module, Filter)
+        if kind is None:
+            raise LoadError(f"{name}: defines no subclass of pynbdkit.Filter")
+        found = kind()
+        found.name = found.name or _stem(name)
+    else:
+        found = _find("filter", name, Filter)
+    assert isinstance(found, Filter)
+    return found
+
+
+def names(kind: str) -> list[str]:
+    """The names of our own plugins or filters (kind "plugin" or "filter")."""
+    folder = os.path.join(os.path.dirname(__file__), kind + "s")
+    return sorted(
+        entry[:-3].replace("_", "-")
+        for entry in os.listdir(folder)
+        if entry.endswith(".py") and not entry.startswith("_")
+    )
+
+
+def is_path(name: str) -> bool:
+    """Whether a plugin's name is a path rather than a name to look up."""
+    return "/" in name or name.endswith((".py", ".so"))
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def _find(kind: str, name: str, base: type) -> object:
+    module_name = f"pynbdkit.{kind}s.{name.replace('-', '_')}"
+    file = os.path.join(os.path.dirname(__file__), kind + "s", name.replace("-", "_") + ".py")
+    if not name.startswith("_") and name.replace("-", "").isidentifier() and os.path.exists(file):
+        from importlib import import_module
+
+        found = _class_in(import_module(module_name), base)
+        if found is None:
+            raise LoadError(f"{module_name} has no public subclass of {base.__name__}")
+    else:
+        found = _entry_point(kind, name, base)
+        if found is None:
+            raise LoadError(
+                f"cannot open {kind} '{name}': no such {kind}"
+                f" (there are: {', '.join(names(kind))}; a file needs its path: ./{name})"
+            )
+    instance = found()
+    instance.name = instance.name or name
+    return instance
+
+
+def _entry_point(kind: str, name: str, base: type) -> type | None:
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group=f"pynbdkit.{kind}s", name=name):
+        try:
+            found = point.load()
+        except Exception as error:
+            raise LoadError(f"cannot open {kind} '{name}' ({point.value}): {error}") from None
+        if not (isinstance(found, type) and issubclass(found, base)):
+            raise LoadError(f"{kind} '{name}' ({point.value}) is not a {base.__name__}")
+        return found
+    return None
+
+
+def _class_in(module: ModuleType, base: type) -> type | None:
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, base)
+        and value.__module__ == module.__name__
+        and not value.__name__.startswith("_")
+    ]
+    # Of a class and its subclass in one file, the last in line is the one that is meant.
+    leaves = [
+        c for c in found if not any(other is not c and issubclass(other, c) for other in found)
+    ]
+    if len(leaves) > 1:
+        raise LoadError(
+            f"{module.__name__}: more than one {base.__name__}"
+            f" ({', '.join(c.__name__ for c in leaves)}); keep one, or begin the others' names with _"
+        )
+    return leaves[0] if leaves else None
+
+
+def _plugin_from_file(path: str) -> Plugin:
+    from .plugin import Plugin
+
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(256)
+    except OSError as error:
+        raise LoadError(f"cannot open plugin '{path}': {error.strerror}") from None
+    if head.startswith(b"\x7fELF") or path.endswith(".so"):
+        raise LoadError(f"cannot open plugin '{path}': plugins in C are not supported yet")
+    first = head.split(b"\n", 1)[0]
+    if not path.endswith(".py") and not (first.startswith(b"#!") and b"python" in first):
+        raise LoadError(
+            f"cannot open plugin '{path}': not a Python file"
+            " (its name ends in .py, or its first line is '#!/usr/bin/env -S pynbdkit python')"
+        )
+    from .adapters.script import ScriptPlugin, load_module
+
+    module = load_module(path)
+    kind = _class_in(module, Plugin)
+    if kind is not None:
+        found = kind()
+        found.name = found.name or _stem(path)
+        assert isinstance(found, Plugin)
+        return found
+    return ScriptPlugin(path, module)
+
+
+def _module_from_file(path: str) -> ModuleType:
+    from .adapters.script import load_module
+
+    return load_module(path)

@@ -1,0 +1,74 @@
+"""Plugin: where disks come from. Configured once per process; opens a Device per connection.
+
+The life of a plugin, in order (plugin-contract.md, "Life"):
+`load` → `config(key, value)` … → `config_complete` → `thread_model` is read → `get_ready` →
+`after_fork` → for each connection: `preconnect` → `list_exports`/`default_export` → `open` →
+the device's life → `close` → at the end `cleanup` → `unload`.
+A step that raises stops the server (from preconnect on: that one connection) with one line.
+"""
+
+from __future__ import annotations
+
+from .errors import ConfigError
+from .flags import ThreadModel
+from .parameters import Configurable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .device import Device
+    from .session import Session
+
+
+class Plugin(Configurable):
+    """Base class of plugins. Required: `open`. Parameters are declared as class attributes."""
+
+    api_version: int = 2
+    thread_model: int = ThreadModel.PARALLEL
+    """How many requests at a time its devices stand; read after config_complete."""
+    blocking: bool | None = None
+    """As `Device.blocking`, for all devices of this plugin."""
+
+    def load(self) -> None:
+        """Called once, first."""
+
+    def unload(self) -> None:
+        """Called once, last."""
+
+    def config(self, key: str, value: str) -> None:
+        """One key=value from the command line. Override for keys that cannot be declared."""
+        if not self.take_parameter(key, value):
+            known = ", ".join(self._declared) or "none"
+            raise ConfigError(f"unknown parameter '{key}' ({self.name or 'plugin'} has: {known})")
+
+    def config_complete(self) -> None:
+        """All parameters are there, the required ones checked: look at them together."""
+
+    def get_ready(self) -> None:
+        """Before the server forks into the background: open files here. No threads yet."""
+
+    def after_fork(self) -> None:
+        """In the process that serves: start threads and connections to others here."""
+
+    def cleanup(self) -> None:
+        """The server stops; no client is left."""
+
+    def preconnect(self, readonly: bool) -> None:
+        """A client has connected; raise to refuse it."""
+
+    def list_exports(self, readonly: bool, is_tls: bool) -> Iterable[str | tuple[str, str]]:
+        """Names, or (name, description) pairs. Default: the default export alone."""
+        return [self.default_export(readonly, is_tls)]
+
+    def default_export(self, readonly: bool, is_tls: bool) -> str:
+        """What a client that asks for "" gets."""
+        return ""
+
+    def open(self, session: Session) -> Device:
+        """A Device for this connection. Raise OSError or OpenError to refuse it."""
+        raise NotImplementedError(f"{type(self).__name__} has no open()")
+
+    def dump_plugin(self) -> Iterable[tuple[str, str]]:
+        """More key=value lines for --dump-plugin."""
+        return ()

@@ -1,0 +1,117 @@
+"""Session: what is known of a connection when a device is opened for it.
+
+`current()` finds the session of the running thread, for code that gets no argument (the `nbdkit`
+module of scripts: `export_name()`, `is_tls()`, `peer_name()` …).
+"""
+
+from __future__ import annotations
+
+import threading
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_local = threading.local()
+
+
+class Session:
+    """One connection, as plugins and filters may see it.
+
+    Attributes: `readonly` (the server or a layer above wants no writes), `export_name` (sent by
+    the client, not to be trusted), `is_tls`, `peer_name` (the socket's peer address: a tuple for
+    TCP, a text for a Unix socket, None where there is none).
+    """
+
+    __slots__ = (
+        "_credentials",
+        "_disconnect",
+        "_shutdown",
+        "_stopping",
+        "export_name",
+        "is_tls",
+        "peer_name",
+        "readonly",
+    )
+
+    def __init__(
+        self,
+        *,
+        readonly: bool = False,
+        export_name: str = "",
+        is_tls: bool = False,
+        peer_name: Any = None,
+        credentials: tuple[int, int, int] | None = None,
+        shutdown: Callable[[], None] | None = None,
+        disconnect: Callable[[bool], None] | None = None,
+        stopping: Callable[[float], bool] | None = None,
+    ) -> None:
+        self.readonly = readonly
+        self.export_name = export_name
+        self.is_tls = is_tls
+        self.peer_name = peer_name
+        self._credentials = credentials
+        self._shutdown = shutdown
+        self._disconnect = disconnect
+        self._stopping = stopping
+
+    def replace(self, *, readonly: bool | None = None, export_name: str | None = None) -> Session:
+        """A copy for the layer below, with another readonly or export name."""
+        copy = Session.__new__(Session)
+        for slot in Session.__slots__:
+            setattr(copy, slot, getattr(self, slot))
+        if readonly is not None:
+            copy.readonly = readonly
+        if export_name is not None:
+            copy.export_name = export_name
+        return copy
+
+    @property
+    def peer_pid(self) -> int | None:
+        """The peer's process id; None unless it came over a Unix socket."""
+        return self._credentials[0] if self._credentials else None
+
+    @property
+    def peer_uid(self) -> int | None:
+        """The peer's user id; None unless it came over a Unix socket."""
+        return self._credentials[1] if self._credentials else None
+
+    @property
+    def peer_gid(self) -> int | None:
+        """The peer's group id; None unless it came over a Unix socket."""
+        return self._credentials[2] if self._credentials else None
+
+    def shutdown(self) -> None:
+        """Ask the server to stop (running requests finish first)."""
+        if self._shutdown is not None:
+            self._shutdown()
+
+    def disconnect(self, force: bool = False) -> None:
+        """End this connection: at once with `force`, else after the replies that are due."""
+        if self._disconnect is not None:
+            self._disconnect(force)
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, but wake early when the server stops or the client is gone.
+
+        Raises OSError(ESHUTDOWN) when there is no point in going on (nbdkit_nanosleep).
+        """
+        import errno
+
+        if self._stopping is None:
+            import time
+
+            time.sleep(seconds)
+        elif self._stopping(seconds):
+            raise OSError(errno.ESHUTDOWN, "the server is stopping, or the client has gone")
+
+
+def current() -> Session | None:
+    """The session that the running thread works for; None outside a connection."""
+    return getattr(_local, "session", None)
+
+
+def set_current(session: Session | None) -> None:
+    """Say which session the running thread works for (the server does, once a thread)."""
+    _local.session = session
