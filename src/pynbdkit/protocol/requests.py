@@ -1,0 +1,141 @@
+"""Requests of the transmission phase: the client's encoder, the server's parser.
+
+Theory: `RequestParser` owns one large buffer. Bytes are received straight into `space()`; after
+`received(n)`, `requests()` returns everything complete in the buffer at once. A write's payload is
+a memoryview of the buffer: nothing is copied, and so a batch's payloads are valid until the next
+call of `space()` (or for good after `detach()`, which leaves them the old buffer).
+
+A request is a plain tuple, because it is made once per request on the hot path:
+``(flags, kind, cookie, offset, count, payload)``; `payload` is None but for a write, and for a
+write over the limit, whose payload is skipped as it arrives, without being stored.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+
+from .constants import CMD_WRITE, MAX_PAYLOAD, REQUEST_MAGIC
+from .errors import ProtocolError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+    Request = tuple[int, int, int, int, int, memoryview | None]
+
+REQUEST: Final = Struct(">IHHQQI")
+"""magic, command flags, type, cookie, offset, length (NBD protocol, "Request message")."""
+
+SMALL_BUFFER: Final = 64 * 1024
+"""What an idle connection holds."""
+LARGE_BUFFER: Final = 2 * 1024 * 1024
+"""What a busy connection's buffer grows to; more only while one larger write arrives."""
+
+
+def encode_request(
+    kind: int, cookie: int, offset: int = 0, count: int = 0, flags: int = 0
+) -> bytes:
+    """The 28 bytes of a request; a write's payload follows them."""
+    return REQUEST.pack(REQUEST_MAGIC, flags, kind, cookie, offset, count)
+
+
+class RequestParser:
+    """Bytes from a client to requests; any split of the bytes gives the same requests."""
+
+    def __init__(self, first: bytes = b"", max_payload: int = MAX_PAYLOAD) -> None:
+        """`first`: bytes that came with the end of the handshake."""
+        self._max_payload = max_payload
+        self._size = max(SMALL_BUFFER, len(first))
+        self._view = memoryview(bytearray(self._size))
+        self._view[: len(first)] = first
+        self._start = 0  # first byte that is not parsed
+        self._end = len(first)  # first byte that is not received
+        self._need = REQUEST.size  # bytes from _start that the next request needs
+        self._skip = 0  # bytes of an oversized payload still to come
+        self._full = False  # the last receive filled the buffer
+
+    @property
+    def partial(self) -> bool:
+        """Whether a request has begun and is not complete."""
+        return self._end > self._start or self._skip > 0
+
+    def space(self) -> memoryview:
+        """Where the next bytes go: never empty. Ends the life of earlier payloads."""
+        start, end = self._start, self._end
+        if start == end:
+            start = end = 0
+            if self._size > LARGE_BUFFER:
+                self._renew(SMALL_BUFFER)
+            elif self._full and self._size < LARGE_BUFFER:
+                self._renew(min(self._size * 4, LARGE_BUFFER))
+        elif self._need > self._size:
+            tail = self._view[start:end]
+            self._renew(self._need)
+            self._view[: len(tail)] = tail
+            start, end = 0, len(tail)
+        elif start and (self._need > self._size - start or self._size - end < SMALL_BUFFER // 2):
+            tail_bytes = bytes(self._view[start:end])
+            start, end = 0, len(tail_bytes)
+            self._view[:end] = tail_bytes
+        self._start, self._end = start, end
+        return self._view[end:]
+
+    def received(self, count: int) -> None:
+        """`count` bytes were put into `space()`."""
+        self._end += count
+        self._full = self._end == self._size
+
+    def requests(self) -> list[Request]:
+        """Every request that is complete. Raises ProtocolError on a wrong magic number."""
+        view, start, end = self._view, self._start, self._end
+        result: list[Request] = []
+        append = result.append
+        unpack = REQUEST.unpack_from
+        if self._skip:
+            skipped = min(self._skip, end - start)
+            self._skip -= skipped
+            start += skipped
+        self._need = 28
+        while end - start >= 28:
+            magic, flags, kind, cookie, offset, count = unpack(view, start)
+            if magic != REQUEST_MAGIC:
+                self._start = start
+                self._magic_failed(magic, result)
+                return result
+            if kind == CMD_WRITE and count:
+                stop = start + 28 + count
+                if stop > end:
+                    if count > self._max_payload:
+                        self._skip = stop - end
+                        stop = end
+                        append((flags, kind, cookie, offset, count, None))
+                        start = stop
+                        break
+                    self._need = 28 + count
+                    break
+                payload = view[start + 28 : stop] if count <= self._max_payload else None
+                append((flags, kind, cookie, offset, count, payload))
+                start = stop
+            else:
+                append((flags, kind, cookie, offset, count, None))
+                start += 28
+        self._start = start
+        return result
+
+    def detach(self) -> None:
+        """Leave the buffer to the requests that were parsed, and go on in a new one."""
+        tail = self._view[self._start : self._end]
+        self._renew(max(min(self._size, LARGE_BUFFER), self._need, len(tail)))
+        self._view[: len(tail)] = tail
+        self._start, self._end = 0, len(tail)
+
+    def _renew(self, size: int) -> None:
+        self._size = size
+        self._view = memoryview(bytearray(size))
+
+    def _magic_failed(self, magic: int, result: list[Request]) -> None:
+        # What came before is good and is answered; the next call finds the same wrong number.
+        if not result:
+            raise ProtocolError(
+                f"request with magic number {magic:#x} instead of {REQUEST_MAGIC:#x}"
+            )
