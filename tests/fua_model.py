@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum, IntFlag
 from itertools import product
+from typing import Any
 
 V1, V2, NATIVE = FORMS = ("v1", "v2", "native")
 
@@ -50,7 +51,7 @@ REGION = 256 << 20
 LARGEST_PIECE = 64 << 20
 """Zeros that are written by pwrite come in pieces that a client could have sent itself."""
 
-Event = tuple[object, ...]
+Event = tuple[Any, ...]
 
 
 class Mood(IntFlag):
@@ -95,16 +96,11 @@ class Subject:
     @classmethod
     def parse(cls, line: str) -> Subject:
         form, callbacks, *words = line.split(" ")
-        subject = cls(form, frozenset(filter(None, callbacks.split("+"))))
+        rest: dict[str, Any] = {}
         for word in words:
             question, _, answer = word.partition("=")
-            if question == "caches":
-                subject = replace(subject, caches=True)
-            elif question == "can_fua":
-                subject = replace(subject, can_fua=answer)
-            else:
-                subject = replace(subject, **{question: answer == "True"})
-        return subject
+            rest[question] = answer if question == "can_fua" else answer != "False"
+        return cls(form, frozenset(filter(None, callbacks.split("+"))), **rest)
 
     def has(self, callback: str) -> bool:
         """The plugin has it, and it counts: version 2 does not know the draft's forms."""
@@ -200,7 +196,7 @@ def terms(subject: Subject) -> Terms | Refused:
     if subject.can_fua is None and not (subject.has("pwrite_fua") or can_flush):
         return offer
 
-    modes = {}
+    modes: dict[str, Mode] = {}
     for operation in ("pwrite", "trim", "zero"):
         mode = mode_of(subject, operation)
         if mode is Mode.FLUSH and not subject.has("flush"):
@@ -259,7 +255,7 @@ def outcome(subject: Subject, offer: Terms, request: Request) -> Outcome:
         if request.fast and not offer.fast_zero:
             return Outcome(errnos=error(errno.EINVAL))
         return zeroed(subject, offer, request)
-    flags = () if subject.form == V1 else (0,)
+    flags: Event = () if subject.form == V1 else (0,)
     if request.command == "read":
         return Outcome((("pread", request.offset, request.count, *flags),))
     if request.command == "flush":
@@ -306,14 +302,15 @@ def changed(
 ) -> Outcome:
     """One callback that changes the disk, and the flush behind it."""
     told = request.fua and mode is Mode.PASS
+    where = (request.offset, request.count, *fill)
     if subject.has(f"{operation}_fua"):
-        name, rest = f"{operation}_fua", (*may_trim, told)
+        call: Event = (f"{operation}_fua", *where, *may_trim, told)
     elif subject.form == V1:
-        name, rest = operation, may_trim
+        call = (operation, *where, *may_trim)
     else:
         flags = FUA * told | MAY_TRIM * any(may_trim) | FAST_ZERO * request.fast
-        name, rest = operation, (flags,)
-    events: tuple[Event, ...] = ((name, request.offset, request.count, *fill, *rest),)
+        call = (operation, *where, flags)
+    events: tuple[Event, ...] = (call,)
     if request.mood & Mood.FAILS:
         return Outcome(events, error(errno.ENOSPC))
     if not request.fua or mode is Mode.PASS:

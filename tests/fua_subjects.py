@@ -17,8 +17,18 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from fua_model import ANSWERS, CALLBACKS, FUA_FORMS, NATIVE, QUESTIONS, REGION, V1
-from fua_model import Event, Mood, Subject
+from fua_model import (
+    ANSWERS,
+    CALLBACKS,
+    FUA_FORMS,
+    NATIVE,
+    QUESTIONS,
+    REGION,
+    V1,
+    Event,
+    Mood,
+    Subject,
+)
 
 SIZE = REGION << len(Mood.__members__)
 
