@@ -1,0 +1,190 @@
+"""The servers side by side: which command starts each, when it is ready, how it is stopped.
+
+Every server listens on a Unix socket of its own. It is ready when it greets a connection with the
+protocol's magic. It is stopped with SIGTERM, and its end is waited for by a pidfd, which
+serves nbd-server too: that one goes into the background, and is nobody's child then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+GREETING = b"NBDMAGICIHAVEOPT"
+SCRIPT = Path(__file__).resolve().parent / "script_plugin.py"
+
+# Per kind of disk, who serves it; the first is what the others are compared with.
+BASELINE = "nbdkit"
+SUBJECT = "pynbdkit"
+KINDS: dict[str, tuple[str, ...]] = {
+    "memory": ("nbdkit", "pynbdkit"),
+    "file": ("nbdkit", "qemu-nbd", "nbd-server", "pynbdkit"),
+    "script": ("nbdkit", "pynbdkit"),
+}
+PACKAGES = {"nbdkit": "nbdkit", "qemu-nbd": "qemu-utils", "nbd-server": "nbd-server"}
+
+
+class ServerError(Exception):
+    """A server did not start, or ended by itself; the text says which, and what it said."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where servers of one run keep their things, and what they serve."""
+
+    sockets: Path  # a folder with a short name: a socket's path has 107 bytes at most
+    disk: Path  # the file that the `file` kind serves, all servers the same
+    size: int  # bytes, every kind's
+    pynbdkit: Sequence[str] = field(default=(sys.executable, "-m", "pynbdkit"))
+
+
+def _nbd_server_config(place: Place, sock: Path) -> Path:
+    path = place.sockets / "nbd-server.conf"
+    path.write_text(
+        f"[generic]\nunixsock={sock}\n[disk]\nexportname={place.disk}\nflush=true\nfua=true\n"
+    )
+    return path
+
+
+def command(name: str, kind: str, place: Place, sock: Path, pidfile: Path) -> list[str]:
+    """Return the command that makes server `name` serve a disk of `kind` on `sock`."""
+    if name in ("nbdkit", "pynbdkit"):
+        start = ["nbdkit"] if name == "nbdkit" else list(place.pynbdkit)
+        what = {
+            "memory": ["memory", str(place.size)],
+            "file": ["file", str(place.disk)],
+            "script": ["python", str(SCRIPT), f"size={place.size}"],
+        }[kind]
+        return [*start, "-f", "-U", str(sock), *what]
+    if kind != "file":
+        raise ValueError(f"{name} has no {kind} disk")
+    if name == "qemu-nbd":
+        # Writeback is what the others do too: the page cache keeps a write until a flush.
+        options = ["-f", "raw", "--cache=writeback", "--aio=threads", "--persistent", "--shared=16"]
+        return ["qemu-nbd", *options, "-k", str(sock), str(place.disk)]
+    if name == "nbd-server":
+        config = _nbd_server_config(place, sock)
+        return ["nbd-server", "-C", str(config), "-p", str(pidfile)]
+    raise ValueError(f"unknown server {name}")
+
+
+def missing(name: str, place: Place) -> str | None:
+    """Return a line that says what to install when server `name` cannot be run here."""
+    if name != SUBJECT:
+        if shutil.which(name):
+            return None
+        return f"{name} is not installed: apt-get install {PACKAGES[name]}"
+    try:
+        done = subprocess.run(
+            [*place.pynbdkit, "--version"], capture_output=True, text=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{' '.join(place.pynbdkit)} --version does not run: {error}"
+    if done.returncode == 0:
+        return None
+    said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return f"{' '.join(place.pynbdkit)} --version failed: {said}"
+
+
+def greets(sock: Path) -> bool:
+    """Connect, read the greeting, say goodbye; answer whether a newstyle server was there."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(5)
+        try:
+            client.connect(str(sock))
+            greeting = client.recv(18, socket.MSG_WAITALL)
+        except OSError:
+            return False
+        # Client flag FIXED_NEWSTYLE, then NBD_OPT_ABORT: an end that no server complains of. Some
+        # answer it, some only hang up.
+        with contextlib.suppress(OSError):
+            client.sendall(struct.pack(">I8sII", 1, b"IHAVEOPT", 2, 0))
+            client.recv(20, socket.MSG_WAITALL)
+    return greeting.startswith(GREETING)
+
+
+class Server:
+    """One running server.
+
+    `uri` is for any client, `pid` for the CPU clock. Use it in a `with`, or call `stop`.
+    """
+
+    def __init__(self, name: str, kind: str, place: Place, patience: float = 20.0) -> None:
+        self.name = name
+        self.kind = kind
+        self._sock = place.sockets / f"{name}-{kind}.sock"
+        self._pidfile = self._sock.with_suffix(".pid")
+        self._log = self._sock.with_suffix(".log")
+        for path in (self._sock, self._pidfile):
+            path.unlink(missing_ok=True)
+        export = "disk" if name == "nbd-server" else ""
+        self.uri = f"nbd+unix:///{export}?socket={self._sock}"
+        argv = command(name, kind, place, self._sock, self._pidfile)
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+        self.pid = self._process.pid
+        # nbd-server's first process only starts the real one, which says its pid in a file.
+        self._pidfd = -1 if name == "nbd-server" else os.pidfd_open(self.pid)
+        try:
+            self._wait_ready(time.monotonic() + patience)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait_ready(self, deadline: float) -> None:
+        while not (self._known() and greets(self._sock)):
+            ended = self._process.poll() if self._pidfd < 0 else not self.running()
+            if ended:
+                raise ServerError(f"{self.name} ended at once: {self.said()}")
+            if time.monotonic() > deadline:
+                raise ServerError(f"{self.name} does not answer on its socket: {self.said()}")
+            time.sleep(0.002)
+
+    def _known(self) -> bool:
+        """Answer whether the process that serves is known; find it out if it can be by now."""
+        if self._pidfd < 0:
+            with contextlib.suppress(OSError, ValueError):
+                self.pid = int(self._pidfile.read_text())
+                self._pidfd = os.pidfd_open(self.pid)
+        return self._pidfd >= 0
+
+    def said(self) -> str:
+        """Return the last line that the server wrote."""
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+    def running(self) -> bool:
+        return self._pidfd >= 0 and not select.select([self._pidfd], [], [], 0)[0]
+
+    def stop(self) -> None:
+        """Ask the server to end, and see that it does."""
+        if self._known():
+            for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+                if not self.running():
+                    break
+                signal.pidfd_send_signal(self._pidfd, number)
+                select.select([self._pidfd], [], [], patience)
+            os.close(self._pidfd)
+            self._pidfd = -1
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()

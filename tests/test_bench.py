@@ -1,0 +1,350 @@
+"""The benchmark's own logic, and a moment of it for real, so that its numbers can be believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import support
+
+sys.path.insert(0, str(support.ROOT / "benchmarks"))
+
+import bench
+import cpu
+import machine
+import report
+import servers
+import workloads
+from report import Record, Spread
+from workloads import MIB, Sample
+
+SIZE = 8 * MIB
+
+
+def fio_json(error: int = 0, reads: int = 0, writes: int = 0) -> str:
+    def side(count: int) -> dict[str, int]:
+        return {"total_ios": count, "io_bytes": count * 4096, "runtime": 500 if count else 0}
+
+    jobs = [{"jobname": "bench", "error": error, "read": side(reads), "write": side(writes)}]
+    return "fio: connected to NBD server\n" + json.dumps({"fio version": "fio-3.33", "jobs": jobs})
+
+
+def test_fio_json_after_the_engines_own_lines() -> None:
+    assert workloads.parse_fio(fio_json(reads=1000)) == (1000, 0.5, 4096000)
+    assert workloads.parse_fio(fio_json(writes=10)) == (10, 0.5, 40960)
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (fio_json(error=5, reads=1000), "error 5"),
+        (fio_json(), "no I/O"),
+        ("fio: connected to NBD server\n", "0 groups"),
+        ("{ broken", "cannot be read"),
+        ('{"jobs": [{}, {}]}', "2 groups"),
+    ],
+)
+def test_a_fio_run_that_did_not_work_is_no_number(output: str, said: str) -> None:
+    with pytest.raises(workloads.WorkloadError, match=said):
+        workloads.parse_fio(output)
+
+
+def record(
+    server: str, number: int, requests: int, cpu_seconds: float = 1.0, **where: str
+) -> Record:
+    place = {"kind": "memory", "workload": "randread-4k-d16"} | where
+    sample = Sample(requests, 1.0, requests * 4096, cpu_seconds)
+    return Record(place["kind"], place["workload"], server, number, sample, in_mib=False)
+
+
+def test_a_ratio_is_formed_within_its_round() -> None:
+    # The machine was three times as fast in round 2: the ratio of the medians would be 2.
+    records = [
+        record("pynbdkit", 1, 200),
+        record("nbdkit", 1, 100),
+        record("pynbdkit", 2, 450),
+        record("nbdkit", 2, 300),
+        record("pynbdkit", 3, 120),
+        record("nbdkit", 3, 100),
+        record("pynbdkit", 4, 999),  # nbdkit failed in this round: no pair
+    ]
+    base, ours = report.rows(records)
+    assert (base.server, ours.server) == ("nbdkit", "pynbdkit")
+    assert base.rate == Spread(100, 100, 300)
+    assert base.rate_ratio == Spread(1, 1, 1)
+    assert ours.rate_ratio == Spread(1.5, 1.2, 2.0)
+    assert ours.rounds == 4
+
+
+def test_cpu_is_compared_per_request() -> None:
+    base, ours = report.rows([record("nbdkit", 1, 100, 1.0), record("pynbdkit", 1, 200, 1.0)])
+    assert base.cpu_per_request.median == pytest.approx(0.01)
+    assert ours.cpu_ratio == Spread(0.5, 0.5, 0.5)
+
+
+def test_large_requests_are_shown_in_mib() -> None:
+    sample = Sample(8, 2.0, 8 * MIB, 0.1)
+    (row,) = report.rows([Record("memory", "read-256k-d4", "nbdkit", 1, sample, in_mib=True)])
+    assert row.rate.median == 4.0
+    assert "4 MiB/s" in report.table([row])
+
+
+def verdict_of(ratio: float, cpu_ratio: float = 1.0, **where: str) -> str:
+    base = record("nbdkit", 1, 1000, 1.0, **where)
+    ours = record("pynbdkit", 1, round(1000 * ratio), ratio * cpu_ratio, **where)
+    return report.verdict(report.rows([base, ours])[1])
+
+
+def test_floors_are_judged() -> None:
+    assert verdict_of(1.5, 0.5) == "≥ 1.4 ok, CPU ≤ 0.65 ok"
+    assert verdict_of(1.3, 0.7) == "≥ 1.4 MISSED, CPU ≤ 0.65 MISSED"
+    assert verdict_of(0.9, workload="randwrite-4k-d1") == "≥ 0.85 ok"
+    assert verdict_of(2.4, kind="script") == "≥ 2.5 MISSED"
+    assert verdict_of(0.1, workload="nbdcopy-in") == ""
+    others = report.rows([record("nbdkit", 1, 100), record("qemu-nbd", 1, 10)])
+    assert [report.verdict(row) for row in others] == ["", ""]
+
+
+def test_every_limit_is_for_a_workload_that_exists() -> None:
+    names = {workload.name for tasks in workloads.WORKLOADS.values() for workload in tasks}
+    assert set(report.RATE_FLOORS) | set(report.CPU_CEILINGS) <= names
+
+
+def test_the_table_is_markdown_with_a_part_for_each_kind() -> None:
+    rows = report.rows(
+        [record("nbdkit", 1, 100), record("pynbdkit", 1, 100), record("nbdkit", 1, 7, kind="file")]
+    )
+    text = report.markdown(rows, {"machine": "a test"}, ["beware"])
+    assert text.startswith("- machine: a test\n")
+    assert text.endswith("- beware\n")
+    assert "### memory" in text
+    assert "### file" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {len(report.HEADINGS) + 1}
+    assert "1.00 (1.00–1.00)" in text  # noqa: RUF001
+    assert report.missed(rows) == ["memory/randread-4k-d16"]
+
+
+def test_nbdkit_comes_along_with_whatever_is_chosen() -> None:
+    (task,) = bench.selected(["script/randread*/pynbdkit"])
+    assert (task.kind, task.workload.name) == ("script", "randread-4k-d16")
+    assert task.servers == ("nbdkit", "pynbdkit")
+    (task,) = bench.selected(["memory/nbdcopy-in/nbdkit"])
+    assert task.servers == ("nbdkit",)
+    assert len(bench.selected([])) == sum(len(tasks) for tasks in workloads.WORKLOADS.values())
+    assert bench.selected(["no such thing"]) == []
+
+
+def test_pynbdkit_is_started_with_nbdkits_own_options(tmp_path: Path) -> None:
+    place = servers.Place(tmp_path, tmp_path / "disk", SIZE, ("OURS",))
+    for kind, names in servers.KINDS.items():
+        commands = {
+            name: servers.command(name, kind, place, Path("s"), Path("p")) for name in names
+        }
+        assert commands["pynbdkit"] == ["OURS", *commands["nbdkit"][1:]]
+
+
+def test_the_name_in_proc_stat_may_hold_anything() -> None:
+    fields = " ".join(str(number) for number in range(4, 53))
+    parent, own, reaped = cpu.parse_stat(f"42 (a b) c) S {fields}")
+    assert parent == 4
+    assert own == pytest.approx((14 + 15) * cpu.TICK)
+    assert reaped == pytest.approx((16 + 17) * cpu.TICK)
+
+
+# A server that forks for each connection, in small: its child burns a fifth of a second, in a
+# thread, says so and lives on; the parent waits for its end.
+FORKING = """
+import os, signal, sys, threading, time
+def burn():
+    while time.process_time() < 0.2: pass
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        thread = threading.Thread(target=burn); thread.start(); thread.join()
+        print("burnt", flush=True)
+        signal.pause()
+    os.waitpid(child, 0)
+"""
+
+
+def test_the_time_of_threads_and_of_children_counts() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        watch = cpu.Stopwatch(process.pid)
+        watch.start()
+        before = cpu.cpu_seconds(process.pid)
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "burnt\n"
+        (child,) = cpu.children(process.pid)
+        assert 0.2 <= cpu.cpu_seconds(process.pid) - before < 1  # the child lives
+        # It ends while stop() waits for that, as a connection's process ends after the client.
+        ending = threading.Timer(0.05, os.kill, (child, signal.SIGKILL))
+        ending.start()
+        used = watch.stop()
+        ending.join()
+        assert not cpu.children(process.pid)
+        assert 0.18 <= used < 1  # in clock ticks now
+    with pytest.raises(ProcessLookupError):
+        cpu.cpu_seconds(process.pid)
+
+
+def test_own_time_is_finer_than_a_tick() -> None:
+    before = cpu.cpu_seconds(os.getpid())
+    assert 0 < cpu.cpu_seconds(os.getpid()) - before < 1
+
+
+def test_the_file_system_of_a_folder() -> None:
+    assert machine.file_system(Path("/proc")) == "proc"
+    assert machine.file_system(Path("/proc/self")) == "proc"
+    assert machine.file_system(Path("/sys/kernel")) == "sysfs"
+
+
+@pytest.fixture
+def peers() -> None:
+    for name in ("nbdkit", "fio", "nbdcopy"):
+        support.program(name)
+
+
+@pytest.fixture
+def place(tmp_path: Path, sockdir: Path) -> servers.Place:
+    place = servers.Place(sockdir, tmp_path / "disk.img", SIZE, ("nbdkit", "-r"))
+    bench.write_random(place.disk, SIZE)
+    bench.write_random(workloads.source_file(place), SIZE)
+    return place
+
+
+@pytest.mark.usefixtures("peers")
+def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # nbdkit stands in for pynbdkit: what is tried here is the harness.
+    where = ["--dir", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    where += ["--markdown", str(tmp_path / "out.md"), "--size", "8", "--pynbdkit", "nbdkit"]
+    chosen = ["--only", "memory/randread-4k-d16/", "--only", "memory/nbdcopy-out"]
+    assert bench.main([*where, *chosen, "--rounds", "2", "--seconds", "0.1"]) == 0
+    text = capsys.readouterr().out
+    assert (tmp_path / "out.md").read_text() == text
+    assert "- versions: nbdkit 1." in text
+    everything = json.loads((tmp_path / "out.json").read_text())
+    order = [(r["workload"], r["server"], r["round"]) for r in everything["records"]]
+    turns = [("randread-4k-d16", "nbdkit"), ("randread-4k-d16", "pynbdkit")]
+    turns += [("nbdcopy-out", "nbdkit"), ("nbdcopy-out", "pynbdkit")]
+    assert order == [(*turn, number) for number in (1, 2) for turn in turns]
+    for one in everything["records"]:
+        sample = one["sample"]
+        assert sample["requests"] > 10
+        assert 0.05 < sample["seconds"] < 10
+        assert 0 < sample["cpu"] < 2 * sample["seconds"]
+    assert [row["rounds"] for row in everything["rows"]] == [2, 2, 2, 2]
+    # Nothing stays behind but what was asked for.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.md"]
+
+
+@pytest.mark.usefixtures("peers")
+def test_without_pynbdkit_the_rest_runs_and_the_status_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--dir", str(tmp_path), "--size", "8", "--pynbdkit", "false"]
+    what = ["--only", "memory/randread-4k-d1/", "--rounds", "1", "--seconds", "0.1"]
+    assert bench.main([*where, *what]) == 1
+    out, err = capsys.readouterr()
+    assert "| randread-4k-d1 | nbdkit" in out
+    assert "Left out, not installed: pynbdkit." in out
+    assert "left out: false --version failed" in err
+
+
+def test_what_cannot_be_measured_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], peers: None
+) -> None:
+    assert bench.main(["--dir", str(tmp_path / "none"), "--only", "memory/nbdcopy-in/nbdkit"]) == 1
+    assert bench.main(["--only", "no such thing"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "is no folder" in lines[0]
+    assert "nothing is called like no such thing" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, name) for kind, names in servers.KINDS.items() for name in names if name != "pynbdkit"],
+)
+@pytest.mark.usefixtures("peers")
+def test_every_server_starts_answers_and_stops(kind: str, name: str, place: servers.Place) -> None:
+    support.program(name)
+    with servers.Server(name, kind, place) as server:
+        assert server.running()
+        sample = workloads.Fio("four", "randwrite", 4096, 4, jobs=4).run(server, place, 0.1)
+        assert sample.requests > 0
+        assert sample.cpu > 0
+    # nbd-server is nobody's child: whoever adopted it may not have waited for it yet.
+    stat = Path(f"/proc/{server.pid}/stat")
+    assert not stat.exists() or ") Z " in stat.read_text()
+
+
+@pytest.fixture
+def fua_client(peers: None) -> None:
+    if workloads.libnbd_python() is None:
+        support.missing("libnbd's Python module")
+
+
+@pytest.mark.usefixtures("fua_client")
+@pytest.mark.parametrize("bursts", [True, False])
+def test_fua_writes_have_the_flag_and_a_dirty_file_behind_them(
+    bursts: bool, place: servers.Place
+) -> None:
+    # nbdkit, when verbose, tells what it was asked.
+    place = dataclasses.replace(place, pynbdkit=("nbdkit", "-v"))
+    with servers.Server("pynbdkit", "file", place) as server:
+        sample = workloads.Fua("fua", bursts).run(server, place, 0.1)
+        log = (place.sockets / "pynbdkit-file.log").read_text()
+    found = re.findall(r" file: pwrite count=(\d+) offset=(\d+) fua=([01])$", log, re.MULTILINE)
+    writes = [tuple(map(int, numbers)) for numbers in found]
+    fua = [offset for count, offset, flag in writes if (count, flag) == (4096, 1)]
+    dirty = [offset for count, offset, flag in writes if (count, flag) == (MIB, 0)]
+    assert len(fua) == sample.requests > 0
+    assert len(fua) + len(dirty) == len(writes)
+    assert set(dirty) == set(range(SIZE // 2, SIZE, MIB))
+    assert max(fua) < SIZE // 2
+    assert " file: flush" not in log
+    if bursts:
+        assert sample.requests % workloads.FUA_BURST == 0
+        assert len(dirty) == 4 * sample.requests / workloads.FUA_BURST
+    assert sample.nbytes == 4096 * sample.requests
+    assert 0 < sample.seconds < 30
+
+
+@pytest.mark.usefixtures("fua_client")
+def test_a_server_that_does_not_offer_fua_gives_no_number(place: servers.Place) -> None:
+    with (
+        servers.Server("pynbdkit", "file", place) as server,  # it is read-only
+        pytest.raises(workloads.WorkloadError, match="does not offer FUA"),
+    ):
+        workloads.Fua("fua", bursts=True).run(server, place, 0.1)
+
+
+@pytest.mark.usefixtures("peers")
+def test_a_client_that_fails_is_an_error(place: servers.Place) -> None:
+    with servers.Server("pynbdkit", "memory", place) as server:
+        with pytest.raises(workloads.WorkloadError, match="nbdcopy failed"):
+            workloads.fill(server, place)
+        with pytest.raises(workloads.WorkloadError, match="fio"):
+            workloads.Fio("write", "randwrite", 4096, 1).run(server, place, 0.1)
+
+
+def test_a_server_that_does_not_start_is_an_error(sockdir: Path) -> None:
+    command = (sys.executable, "-c", "raise SystemExit('no such plugin')")
+    place = servers.Place(sockdir, sockdir / "disk", SIZE, command)
+    with pytest.raises(servers.ServerError, match="ended at once: no such plugin"):
+        servers.Server("pynbdkit", "memory", place)
