@@ -15,7 +15,6 @@ from __future__ import annotations
 from struct import Struct
 
 from .constants import CMD_WRITE, MAX_PAYLOAD, REQUEST_MAGIC
-from .errors import ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,6 +52,8 @@ class RequestParser:
         self._need = REQUEST.size  # bytes from _start that the next request needs
         self._skip = 0  # bytes of an oversized payload still to come
         self._full = False  # the last receive filled the buffer
+        self.broken = ""
+        """Why nothing more can be understood (a wrong magic number); "" as long as all is well."""
 
     @property
     def partial(self) -> bool:
@@ -86,7 +87,7 @@ class RequestParser:
         self._full = self._end == self._size
 
     def requests(self) -> list[Request]:
-        """Every request that is complete. Raises ProtocolError on a wrong magic number."""
+        """Every request that is complete, up to a wrong magic number (see `broken`)."""
         view, start, end = self._view, self._start, self._end
         result: list[Request] = []
         append = result.append
@@ -99,9 +100,9 @@ class RequestParser:
         while end - start >= 28:
             magic, flags, kind, cookie, offset, count = unpack(view, start)
             if magic != REQUEST_MAGIC:
-                self._start = start
-                self._magic_failed(magic, result)
-                return result
+                # What came before is good and is answered; nothing after it can be understood.
+                self.broken = f"request with magic number {magic:#x}, not {REQUEST_MAGIC:#x}"
+                break
             if kind == CMD_WRITE and count:
                 stop = start + 28 + count
                 if stop > end:
@@ -132,10 +133,3 @@ class RequestParser:
     def _renew(self, size: int) -> None:
         self._size = size
         self._view = memoryview(bytearray(size))
-
-    def _magic_failed(self, magic: int, result: list[Request]) -> None:
-        # What came before is good and is answered; the next call finds the same wrong number.
-        if not result:
-            raise ProtocolError(
-                f"request with magic number {magic:#x} instead of {REQUEST_MAGIC:#x}"
-            )

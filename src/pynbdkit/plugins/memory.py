@@ -1,0 +1,260 @@
+"""memory: a RAM disk, seen by all clients, gone when the server ends (nbdkit-memory-plugin(1)).
+
+The sparse disk is one private anonymous mapping without a reservation, so the kernel is the page
+table: a read is a slice of the mapping (no copy), trim gives the pages back. Which parts were ever
+written is noted in one byte per `CHUNK`, for extents. A disk that is too large to be mapped is
+kept in a `SparseArray`.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+from .. import parameters
+from ..device import Device
+from ..errors import ConfigError
+from ..extents import HOLE, ZERO, Extent
+from ..flags import CacheMode, Flag, Fua
+from ..plugin import Plugin
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any, Final
+
+    from ..device import Buffer
+    from ..session import Session
+    from ..sparse import SparseArray
+
+CHUNK_BITS: Final = 16
+CHUNK: Final = 1 << CHUNK_BITS
+MAX_MAPPED: Final = 1 << 44
+"""Larger disks are not mapped."""
+MAP_NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+
+def _allocator(text: str) -> tuple[str, bool]:
+    """(name, mlock) of an allocator= text. Raises ValueError."""
+    name, _, options = text.partition(",")
+    locked = False
+    if name == "mlock":
+        name, locked = "malloc", True
+    for option in filter(None, options.split(",")):
+        key, _, value = option.partition("=")
+        if key != "mlock" or name != "malloc":
+            raise ValueError(f"unknown allocator option {option!r} (malloc takes mlock=true)")
+        locked = parameters.parse_bool(value or "true")
+    if name == "zstd":
+        raise ValueError("allocator zstd is not supported: use sparse or malloc")
+    if name not in ("sparse", "malloc"):
+        raise ValueError(f'unknown allocator "{name}" (sparse, malloc, or malloc,mlock=true)')
+    return name, locked
+
+
+class Memory(Plugin):
+    """A RAM disk."""
+
+    name = "memory"
+    longname = "nbdkit memory plugin"
+    description = "A disk in memory, discarded when the server ends"
+    blocking = False
+
+    size = parameters.size("Size of the backing disk", required=True, magic=True, metavar="SIZE")
+    allocator = parameters.text(
+        "Backend allocation strategy", default="sparse", metavar="sparse|malloc[,mlock=true]"
+    )
+
+    def config_complete(self) -> None:
+        """Check the allocator."""
+        try:
+            self._kind, self._locked = _allocator(self.allocator)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def get_ready(self) -> None:
+        """Make the disk."""
+        self._disk: MappedDisk | SparseArray
+        if self.size > MAX_MAPPED:
+            if self._kind != "sparse":
+                raise ConfigError(f"size={self.size}: too large for allocator={self._kind}")
+            from ..sparse import SparseArray
+
+            self._disk = SparseArray(self.size)
+        else:
+            self._disk = MappedDisk(self.size, self._kind == "sparse", self._locked)
+
+    def open(self, session: Session) -> Device:
+        """Every connection sees the same disk."""
+        if isinstance(self._disk, MappedDisk):
+            return MemoryDevice(self._disk)
+        return SparseDevice(self._disk)
+
+    def dump_plugin(self) -> Iterable[tuple[str, str]]:
+        """mlock as the peer prints it."""
+        return [("mlock", "yes"), ("zstd", "no")]
+
+
+class MappedDisk:
+    """`size` bytes of anonymous memory and a note of what was written."""
+
+    def __init__(self, size: int, sparse: bool, locked: bool) -> None:
+        """`sparse`: memory is reserved only as it is written; `locked`: it is never swapped out."""
+        self.size = size
+        self.sparse = sparse
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (MAP_NORESERVE if sparse else 0)
+        try:
+            self.map = mmap.mmap(-1, max(size, 1), flags=flags)
+        except (OSError, OverflowError, ValueError) as error:
+            raise ConfigError(f"size={size}: cannot allocate the disk: {error}") from None
+        self.view = memoryview(self.map)
+        self.written = bytearray((size + CHUNK - 1) >> CHUNK_BITS)
+        if locked:
+            _mlock(self.map, size)
+
+    def clear(self, count: int, offset: int) -> None:
+        """Zero a range: whole chunks are given back, the rest is written."""
+        end = offset + count
+        first = (offset + CHUNK - 1) & ~(CHUNK - 1)
+        last = end if end == self.size else end & ~(CHUNK - 1)
+        if not self.sparse or last <= first:
+            self._fill(offset, end)
+            return
+        self._fill(offset, first)
+        self._fill(last, end)
+        # The note goes first: a write that comes in between marks its chunk again.
+        chunks = ((last + CHUNK - 1) >> CHUNK_BITS) - (first >> CHUNK_BITS)
+        self.written[first >> CHUNK_BITS : (first >> CHUNK_BITS) + chunks] = bytes(chunks)
+        self.map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def _fill(self, start: int, end: int) -> None:
+        while start < end:
+            piece = min(end - start, 1 << 20)
+            if not self.sparse or self.written.find(
+                1, start >> CHUNK_BITS, ((start + piece - 1) >> CHUNK_BITS) + 1
+            ) >= 0:
+                self.view[start : start + piece] = bytes(piece)
+            start += piece
+
+    def mark(self, count: int, offset: int) -> None:
+        """Note that a range is allocated."""
+        first = offset >> CHUNK_BITS
+        last = (offset + count - 1) >> CHUNK_BITS
+        self.written[first : last + 1] = b"\1" * (last + 1 - first)
+
+
+class MemoryDevice(Device):
+    """A connection's view of a mapped disk."""
+
+    def __init__(self, disk: MappedDisk) -> None:
+        self._disk = disk
+        self._view = disk.view
+        self._written = disk.written
+
+    def get_size(self) -> int:
+        return self._disk.size
+
+    def can_multi_conn(self) -> bool:
+        return True
+
+    def can_fast_zero(self) -> bool:
+        return True
+
+    def can_fua(self) -> int:
+        return Fua.NATIVE
+
+    def can_cache(self) -> int:
+        return CacheMode.NATIVE
+
+    def pread(self, count: int, offset: int, flags: int) -> Buffer:
+        return self._view[offset : offset + count]
+
+    def pwrite(self, buf: Buffer, offset: int, flags: int) -> None:
+        count = len(buf)
+        self._view[offset : offset + count] = buf
+        first = offset >> CHUNK_BITS
+        last = (offset + count - 1) >> CHUNK_BITS
+        if first == last:
+            self._written[first] = 1
+        else:
+            self._written[first : last + 1] = b"\1" * (last + 1 - first)
+
+    def flush(self, flags: int) -> None:
+        pass  # memory is as stable as it gets
+
+    def trim(self, count: int, offset: int, flags: int) -> None:
+        self._disk.clear(count, offset)
+
+    def zero(self, count: int, offset: int, flags: int) -> None:
+        self._disk.clear(count, offset)
+        if not flags & Flag.MAY_TRIM:
+            self._disk.mark(count, offset)
+
+    def extents(self, count: int, offset: int, flags: int) -> Iterable[tuple[int, int, int]]:
+        if not self._disk.sparse:
+            yield Extent(offset, count, 0)
+            return
+        written = self._written
+        end = offset + count
+        last = ((end - 1) >> CHUNK_BITS) + 1
+        while offset < end:
+            chunk = offset >> CHUNK_BITS
+            if written[chunk]:
+                stop, kind = written.find(0, chunk, last), 0
+            else:
+                stop, kind = written.find(1, chunk, last), HOLE | ZERO
+            until = end if stop < 0 else stop << CHUNK_BITS
+            yield Extent(offset, until - offset, kind)
+            offset = until
+
+
+class SparseDevice(Device):
+    """A connection's view of a disk that is too large to be mapped."""
+
+    def __init__(self, disk: SparseArray) -> None:
+        self._disk = disk
+
+    def get_size(self) -> int:
+        return self._disk.size
+
+    def can_multi_conn(self) -> bool:
+        return True
+
+    def can_fast_zero(self) -> bool:
+        return True
+
+    def can_fua(self) -> int:
+        return Fua.NATIVE
+
+    def can_cache(self) -> int:
+        return CacheMode.NATIVE
+
+    def pread(self, count: int, offset: int, flags: int) -> Buffer:
+        return self._disk.read(count, offset)
+
+    def pwrite(self, buf: Buffer, offset: int, flags: int) -> None:
+        self._disk.write(buf, offset)
+
+    def flush(self, flags: int) -> None:
+        pass
+
+    def trim(self, count: int, offset: int, flags: int) -> None:
+        self._disk.zero(count, offset)
+
+    def zero(self, count: int, offset: int, flags: int) -> None:
+        self._disk.zero(count, offset)
+
+    def extents(self, count: int, offset: int, flags: int) -> Iterable[tuple[int, int, int]]:
+        return self._disk.extents(count, offset)
+
+
+def _mlock(memory: Any, size: int) -> None:
+    import ctypes
+    import os
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    array = (ctypes.c_char * max(size, 1)).from_buffer(memory)
+    if libc.mlock(ctypes.byref(array), ctypes.c_size_t(size)) != 0:
+        reason = os.strerror(ctypes.get_errno())
+        raise ConfigError(
+            f"allocator=malloc,mlock=true: mlock of {size} bytes: {reason} (raise ulimit -l)"
+        )

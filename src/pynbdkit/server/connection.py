@@ -1,0 +1,325 @@
+"""One connection's life: accept → preconnect → handshake → open → requests → close.
+
+Runs in a thread of its own. Whatever goes wrong in it ends this connection only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+
+from .. import log
+from ..errors import OpenError, PynbdkitError
+from ..flags import CacheMode, Fua, ThreadModel, ZeroMode
+from ..protocol.constants import (
+    FLAG_CAN_MULTI_CONN,
+    FLAG_HAS_FLAGS,
+    FLAG_READ_ONLY,
+    FLAG_ROTATIONAL,
+    FLAG_SEND_CACHE,
+    FLAG_SEND_FAST_ZERO,
+    FLAG_SEND_FLUSH,
+    FLAG_SEND_FUA,
+    FLAG_SEND_TRIM,
+    FLAG_SEND_WRITE_ZEROES,
+    REP_ERR_POLICY,
+    REP_ERR_UNKNOWN,
+)
+from ..protocol.errors import HandshakeError
+from ..protocol.handshake_server import CLOSED, TRANSMISSION, ExportSource, ServerHandshake
+from ..protocol.negotiated import ExportInfo
+from ..protocol.options import BlockSize
+from ..session import Session, set_current
+from .transmission import Transmission
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+    from typing import Any
+
+    from ..complete import Layer
+    from .server import Server
+
+SLEEP_SLICE = 0.2
+"""Seconds between looks, in a plugin's sleep, whether the client is still there."""
+
+
+class Exports(ExportSource):
+    """What the handshake asks: the chain's exports, and the one layer that is open."""
+
+    def __init__(self, server: Server, session: Session) -> None:
+        self._server = server
+        self._session = session
+        self._name: str | None = None
+        self.layer: Layer | None = None
+
+    def list_exports(self) -> Sequence[tuple[str, str]]:
+        try:
+            with self._server.control_lock:
+                return self._server.chain.list_exports(self._session.readonly, self._session.is_tls)
+        except Exception as failure:
+            log.exception("list_exports", failure)
+            raise HandshakeError(REP_ERR_UNKNOWN, "the exports cannot be listed") from None
+
+    def open(self, name: str) -> ExportInfo:
+        try:
+            with self._server.control_lock:
+                return self._open(name)
+        except HandshakeError:
+            raise
+        except Exception as failure:
+            log.exception(f"open {name!r}", failure)
+            self.close()
+            code = REP_ERR_POLICY if isinstance(failure, PermissionError) else REP_ERR_UNKNOWN
+            known = isinstance(failure, (OSError, PynbdkitError))
+            text = log.describe(failure) if known else "the export cannot be opened"
+            raise HandshakeError(code, text) from None
+
+    def _open(self, name: str) -> ExportInfo:
+        chain, session = self._server.chain, self._session
+        if self.layer is None or self._name != name:
+            self._close()
+            self._name = name
+            session.export_name = name or chain.default_export(session.readonly, session.is_tls)
+            self.layer = chain.open(session)
+        layer = self.layer
+        size = layer.get_size()
+        block_size = layer.block_size()
+        description = layer.export_description() or ""
+        flags = transmission_flags(layer)
+        return ExportInfo(
+            session.export_name,
+            size,
+            flags,
+            description,
+            BlockSize(*block_size) if any(block_size) else None,
+        )
+
+    def close(self) -> None:
+        """Close the open layer, if there is one; an error goes to the log."""
+        with self._server.control_lock:
+            self._close()
+
+    def _close(self) -> None:
+        layer, self.layer = self.layer, None
+        if layer is not None:
+            try:
+                layer.close()
+            except Exception as failure:
+                log.exception("close", failure)
+
+
+def transmission_flags(layer: Layer) -> int:
+    """What an export can, as the protocol's transmission flags; each question asked in its order."""
+    flags = FLAG_HAS_FLAGS
+    if layer.can_write():
+        if layer.can_zero() != ZeroMode.NONE:
+            flags |= FLAG_SEND_WRITE_ZEROES
+            if layer.can_fast_zero():
+                flags |= FLAG_SEND_FAST_ZERO
+        if layer.can_trim():
+            flags |= FLAG_SEND_TRIM
+        if layer.can_fua() != Fua.NONE:
+            flags |= FLAG_SEND_FUA
+    else:
+        flags |= FLAG_READ_ONLY
+    if layer.can_flush():
+        flags |= FLAG_SEND_FLUSH
+    if layer.is_rotational():
+        flags |= FLAG_ROTATIONAL
+    if layer.can_multi_conn():
+        flags |= FLAG_CAN_MULTI_CONN
+    if layer.can_cache() != CacheMode.NONE:
+        flags |= FLAG_SEND_CACHE
+    layer.can_extents()
+    return flags
+
+
+class Connection:
+    """A client that was accepted."""
+
+    def __init__(self, server: Server, sock: socket.socket, number: int) -> None:
+        self._server = server
+        self._sock = sock
+        self._number = number
+        self._transmission: Transmission | None = None
+        self._ending = False
+        self.session = Session(
+            readonly=server.readonly,
+            peer_name=_peer_name(sock),
+            credentials=_credentials(sock),
+            shutdown=server.stop,
+            disconnect=self._disconnect,
+            stopping=self._sleep,
+        )
+        self.thread = threading.Thread(target=self.run, name=f"connection-{number}", daemon=True)
+
+    def run(self) -> None:
+        """The thread's whole work."""
+        set_current(self.session)
+        log.set_name(f"{self._server.chain.name}[{self._number}]")
+        try:
+            with self._server.connection_lock:
+                self._live()
+        except Exception as failure:  # a bug of ours: this connection ends, the server goes on
+            log.exception("connection", failure)
+        finally:
+            set_current(None)
+            self._sock.close()
+            self._server.forget(self)
+
+    def stop(self) -> None:
+        """Finish what is running, and end (from any thread)."""
+        self._ending = True
+        if self._transmission is not None:
+            self._transmission.stop()
+        else:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RD)
+
+    def kill(self) -> None:
+        """End at once (from any thread)."""
+        self._ending = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _live(self) -> None:
+        server = self._server
+        log.debug(f"connection from {self.session.peer_name or 'a Unix socket'}")
+        if self._ending:
+            return
+        try:
+            with server.control_lock:
+                server.chain.preconnect(server.readonly)
+        except Exception as failure:
+            log.exception("preconnect", failure)
+            return
+        exports = Exports(server, self.session)
+        try:
+            handshake = self._handshake(exports)
+            if handshake is None:
+                return
+            assert exports.layer is not None
+            self._transmit(exports.layer, handshake)
+        finally:
+            exports.close()
+
+    def _handshake(self, exports: Exports) -> ServerHandshake | None:
+        server = self._server
+        handshake = ServerHandshake(
+            exports,
+            structured_replies=server.structured_replies,
+            fixed=bool(server.handshake_mask & 1),
+            no_zeroes=bool(server.handshake_mask & 2),
+        )
+        sock = self._sock
+        try:
+            _send_all(sock, handshake.greeting())
+            buffer = bytearray(4096)
+            while handshake.state not in (TRANSMISSION, CLOSED):
+                count = sock.recv_into(buffer)
+                if not count:
+                    log.debug("client has gone during the handshake")
+                    return None
+                reply = handshake.receive(memoryview(buffer)[:count])
+                if reply:
+                    _send_all(sock, reply)
+        except OSError as error:
+            log.debug(f"handshake: {error.strerror}")
+            return None
+        if handshake.state == CLOSED:
+            if handshake.error:
+                log.error(f"handshake: {handshake.error}")
+            return None
+        return handshake
+
+    def _transmit(self, layer: Layer, handshake: ServerHandshake) -> None:
+        server = self._server
+        try:
+            with server.control_lock:
+                transmission = Transmission(
+                    self._sock,
+                    layer,
+                    handshake.negotiated,
+                    handshake.leftover,
+                    self.session,
+                    name=server.chain.name,
+                    thread_model=server.thread_model,
+                    threads=server.threads,
+                    lock=server.request_lock,
+                    watch=server.watch,
+                )
+        except OpenError as failure:
+            log.error(str(failure))
+            return
+        self._transmission = transmission
+        if self._ending:
+            transmission.stop()
+        why = transmission.run()
+        if why:
+            log.debug(f"connection ended: {why}")
+
+    def _disconnect(self, force: bool) -> None:
+        if force:
+            self.kill()
+        else:
+            self.stop()
+
+    def _sleep(self, seconds: float) -> bool:
+        """Sleep; True when it ended early because the server stops or the client has gone."""
+        deadline = time.monotonic() + seconds
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            if self._server.stopping.wait(min(left, SLEEP_SLICE)) or self._gone():
+                return True
+
+    def _gone(self) -> bool:
+        import select
+
+        poll = select.poll()
+        try:
+            poll.register(self._sock, select.POLLHUP | select.POLLERR)
+            return bool(poll.poll(0))
+        except (OSError, ValueError):
+            return True
+
+
+def _send_all(sock: Any, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[sock.sendmsg([view]) :]
+
+
+def _peer_name(sock: socket.socket) -> Any:
+    try:
+        return sock.getpeername() or None
+    except OSError:
+        return None
+
+
+def _credentials(sock: socket.socket) -> tuple[int, int, int] | None:
+    if getattr(sock, "family", None) != socket.AF_UNIX:
+        return None
+    try:
+        packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    except OSError:
+        return None
+    pid, uid, gid = struct.unpack("iii", packed)
+    return pid, uid, gid
+
+
+def needs_lock(thread_model: int) -> tuple[AbstractContextManager[Any], Any, Any]:
+    """The locks of a thread model: (connection, request or None, control)."""
+    nothing = contextlib.nullcontext()
+    if thread_model == ThreadModel.SERIALIZE_CONNECTIONS:
+        return threading.Lock(), None, nothing
+    if thread_model == ThreadModel.SERIALIZE_ALL_REQUESTS:
+        lock = threading.RLock()
+        return nothing, lock, lock
+    return nothing, None, nothing

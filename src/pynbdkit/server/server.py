@@ -1,0 +1,171 @@
+"""Server: one chain of layers, its listening sockets, and the connections that are open.
+
+The same object serves the command line (which calls `run` in the main thread) and somebody's own
+program (which calls `start`). Start and stop have an order: listeners open → `start`/`run` →
+connections; `stop` → listeners closed → connections end → cleanup → unload.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import threading
+
+from .. import log
+from .connection import Connection, needs_lock
+from .watch import Watch
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..chain import Chain
+
+STOP_PATIENCE = 10.0
+"""Seconds that clients get, after `stop`, to take the replies that are due."""
+
+
+class Server:
+    """Serves a configured chain on listening sockets.
+
+    Arguments: `readonly` (-r); `threads` per connection (-t); `structured_replies` (False: --no-sr);
+    `handshake_mask` (--mask-handshake: bit 0 fixed newstyle, bit 1 no zeroes).
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        listeners: Sequence[socket.socket] = (),
+        *,
+        readonly: bool = False,
+        threads: int = 16,
+        structured_replies: bool = True,
+        handshake_mask: int = 3,
+    ) -> None:
+        self.chain = chain
+        self.readonly = readonly
+        self.threads = threads or 16
+        self.structured_replies = structured_replies
+        self.handshake_mask = handshake_mask
+        self.thread_model = chain.thread_model()
+        self.connection_lock, self.request_lock, self.control_lock = needs_lock(self.thread_model)
+        self.watch = Watch()
+        self.stopping = threading.Event()
+        self._listeners = list(listeners)
+        self._connections: set[Connection] = set()
+        self._none_left = threading.Condition()
+        self._count = 0
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._thread: threading.Thread | None = None
+
+    # -- starting and stopping ---------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Accept connections in a thread of its own; returns at once."""
+        self._thread = threading.Thread(target=self._accept_all, name="accept", daemon=True)
+        self._thread.start()
+
+    def run(self) -> None:
+        """Accept connections until `stop`, then end everything in order."""
+        self._accept_all()
+        self._end()
+
+    def serve_one(self, sock: socket.socket) -> None:
+        """Serve a single connection in this thread, then end everything (-s)."""
+        connection = self._admit(sock)
+        connection.run()
+        self.stop()
+        self._end()
+
+    def stop(self) -> None:
+        """Ask the server to stop; safe in a signal handler and from any thread."""
+        self.stopping.set()
+        try:
+            os.write(self._wake_write, b"x")
+        except OSError:
+            pass  # it was told before, or has ended
+
+    def close(self) -> None:
+        """Stop, and return when everything has ended (after `start`)."""
+        self.stop()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._end()
+
+    def forget(self, connection: Connection) -> None:
+        """A connection has ended."""
+        with self._none_left:
+            self._connections.discard(connection)
+            self._none_left.notify_all()
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._connections)
+
+    def _end(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        with self._none_left:
+            open_ones = list(self._connections)
+        for connection in open_ones:
+            connection.stop()
+        with self._none_left:
+            if not self._none_left.wait_for(lambda: not self._connections, STOP_PATIENCE):
+                log.warning(
+                    f"{len(self._connections)} client(s) do not take their replies: cut off"
+                )
+                for connection in self._connections:
+                    connection.kill()
+                self._none_left.wait_for(lambda: not self._connections, STOP_PATIENCE)
+        self.watch.close()
+        for failure in [*self.chain.cleanup(), *self.chain.unload()]:
+            log.exception("cleanup", failure)
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    # -- accepting -----------------------------------------------------------------------------------
+
+    def _accept_all(self) -> None:
+        poll = select.poll()
+        poll.register(self._wake_read, select.POLLIN)
+        by_fd = {listener.fileno(): listener for listener in self._listeners}
+        for listener in self._listeners:
+            listener.setblocking(False)
+            poll.register(listener, select.POLLIN)
+        while not self.stopping.is_set():
+            for fd, _ in poll.poll():
+                listener = by_fd.get(fd)  # type: ignore[assignment]
+                if listener is not None:
+                    self._accept(listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            log.error(f"accept: {error.strerror}")
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self.stopping.wait(0.1)  # a connection that ends makes room
+                return
+            raise
+        try:
+            sock.setblocking(True)
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._admit(sock).thread.start()
+        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
+            log.error(f"cannot serve a client: {error}")
+            sock.close()
+
+    def _admit(self, sock: socket.socket) -> Connection:
+        self._count += 1
+        connection = Connection(self, sock, self._count)
+        with self._none_left:
+            self._connections.add(connection)
+        return connection

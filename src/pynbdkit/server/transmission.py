@@ -1,0 +1,703 @@
+"""Transmission: one connection's requests, from bytes to replies.
+
+Theory. A reader receives into the parser's buffer, parses every complete request at once, runs
+each (`_run_batch`), and answers the batch with one gather write. Nothing is locked, queued or
+logged per request. That is the whole story where calls do not wait, and under the serialized
+thread models.
+
+Where calls may wait and the thread model is parallel, three things are added:
+
+- *dispatch*: the reader hands requests to the connection's worker threads (at most `threads`),
+  which answer as they end. It is used when a layer declares `blocking = True`, and when calls that
+  declare nothing turn out to wait (wall time, but no processor time); it is left again when they
+  turn out not to.
+- *take-over*: a call that runs for over a tick of the `Watch` while its reader has more to do is
+  left behind with its thread; another thread becomes the reader. So an undeclared plugin may wait
+  for another request of the same connection, and a slow request does not hold up quick ones.
+- *a budget*: requests in flight are bounded by number and by the bytes of their payloads, so a
+  client that pipelines without reading replies makes the server wait, not grow.
+
+Replies gather in `_ready`; whoever holds `_send_lock` sends all of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+from collections import deque
+from time import perf_counter, thread_time
+
+from .. import log
+from ..complete import exactly
+from ..errors import nbd_errno
+from ..flags import CacheMode, Flag, Fua, ThreadModel, ZeroMode
+from ..protocol.constants import (
+    CMD_BLOCK_STATUS,
+    CMD_CACHE,
+    CMD_DISC,
+    CMD_FLAG_DF,
+    CMD_FLAG_FAST_ZERO,
+    CMD_FLAG_FUA,
+    CMD_FLAG_NO_HOLE,
+    CMD_FLAG_REQ_ONE,
+    CMD_FLUSH,
+    CMD_READ,
+    CMD_TRIM,
+    CMD_WRITE,
+    CMD_WRITE_ZEROES,
+    MAX_PAYLOAD,
+    NBD_EINVAL,
+    NBD_ENOSPC,
+    NBD_EPERM,
+    SIMPLE_REPLY_MAGIC,
+    STRUCTURED_REPLY_MAGIC,
+)
+from ..protocol.replies import (
+    DATA,
+    SIMPLE,
+    encode_error,
+    encode_hole,
+    encode_status,
+)
+from ..protocol.requests import RequestParser
+from ..session import set_current
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+    from typing import Any, Final
+
+    from ..complete import Layer
+    from ..protocol.negotiated import Negotiated
+    from ..protocol.requests import Request
+    from ..session import Session
+    from .watch import Watch
+
+GATHER: Final = 1 << 20
+"""Replies of a batch are sent when they have this many bytes."""
+BUDGET: Final = 32 << 20
+"""Bytes of payload in flight per connection, when requests are dispatched (one may be larger)."""
+IOV_MAX: Final = min(os.sysconf("SC_IOV_MAX"), 1024)
+SLOW_CALL: Final = 200e-6
+"""Seconds per call over which calls that declare nothing are suspected to wait."""
+QUICK_CALL: Final = 50e-6
+"""Seconds per call under which dispatching stops paying."""
+HOLE_PAYS: Final = 32 << 10
+"""Reads of at least this many bytes are looked at for zeros, to be sent as a hole."""
+
+SMALL_REPLY: Final = 16 << 10
+"""A worker may leave replies up to this many bytes to the thread that is sending."""
+
+_NAMES: Final = {
+    CMD_READ: "pread",
+    CMD_WRITE: "pwrite",
+    CMD_FLUSH: "flush",
+    CMD_TRIM: "trim",
+    CMD_CACHE: "cache",
+    CMD_WRITE_ZEROES: "zero",
+    CMD_BLOCK_STATUS: "extents",
+}
+_zeros: list[bytes] = [b""]
+
+
+class Disconnect(Exception):
+    """The client has gone, or asked to end (its text: why; "" where it did as it should)."""
+
+
+class Transmission:
+    """The transmission phase of one connection. `run` returns when it is over."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        layer: Layer,
+        negotiated: Negotiated,
+        leftover: bytes,
+        session: Session,
+        *,
+        name: str,
+        thread_model: int,
+        threads: int,
+        lock: AbstractContextManager[Any] | None,
+        watch: Watch,
+    ) -> None:
+        """`lock` is held around calls (serialize_all_requests); `name` is the plugin's."""
+        self._sock = sock
+        self._layer = layer
+        self._session = session
+        self._name = name
+        self._lock = lock
+        self._watch = watch
+        self._threads = threads
+        self._parser = RequestParser(leftover)
+        self._first = bool(leftover)
+        self._structured = negotiated.structured_replies
+        self._context = negotiated.contexts[0][0] if negotiated.contexts else None
+
+        self._size = layer.get_size()
+        self._can_write = layer.can_write()
+        self._can_flush = layer.can_flush()
+        self._can_trim = layer.can_trim()
+        self._can_zero = layer.can_zero() != ZeroMode.NONE
+        self._can_fast_zero = layer.can_fast_zero()
+        self._can_fua = layer.can_fua() != Fua.NONE
+        self._can_cache = layer.can_cache() != CacheMode.NONE
+
+        self._ready: list[Any] = []
+        self._send_lock = threading.Lock()
+        self._turn = threading.Lock()  # held by the reader while it receives and parses
+        self._batch: deque[Request] = deque()  # what the reader still has to run
+        self._epoch = 0  # grows when a reader is left behind
+        self._calls = 0  # requests begun by the reader, for the watch to see progress
+        self._busy = False  # the reader is running a batch
+        self._probing = 0  # batches to measure the processor time of, after a slow one
+        self._why: str | None = None  # set when the transmission is over
+        self._stopping = False
+
+        may_block = layer.may_block()
+        parallel = thread_model == ThreadModel.PARALLEL and threads > 1
+        self._measured = parallel and may_block is None
+        self._dispatching = parallel and may_block is True
+        self._crew: Crew | None = None
+        if parallel and may_block is not False:
+            self._crew = Crew(self, threads)
+
+    # -- the reader ------------------------------------------------------------------------------
+
+    def run(self) -> str:
+        """Serve until the client has gone; returns why ("" for an orderly end)."""
+        if self._measured:
+            self._watch.add(self)
+        try:
+            self._read(self._epoch)
+            if self._crew is not None:
+                self._crew.join()
+        finally:
+            if self._measured:
+                self._watch.remove(self)
+        return self._why or ""
+
+    def stop(self) -> None:
+        """Finish what is running, answer it, and end (from any thread)."""
+        self._stopping = True
+        try:
+            self._sock.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass  # the client was quicker
+
+    def _read(self, epoch: int) -> None:
+        """Be the reader until the connection ends or another thread has taken over."""
+        sock = self._sock
+        parser = self._parser
+        try:
+            while True:
+                with self._turn:
+                    if self._epoch != epoch or self._why is not None:
+                        return
+                    if self._first:
+                        self._first = False
+                    else:
+                        if parser.broken:
+                            raise Disconnect(parser.broken)
+                        if self._stopping:
+                            raise Disconnect("")
+                        count = sock.recv_into(parser.space())
+                        if not count:
+                            raise Disconnect(
+                                "client has gone in the middle of a request"
+                                if parser.partial
+                                else ""
+                            )
+                        parser.received(count)
+                    requests = parser.requests()
+                    if not requests:
+                        continue
+                    if self._dispatching:
+                        assert self._crew is not None
+                        self._crew.dispatch(requests)
+                        continue
+                    batch = self._batch = deque(requests)
+                    del requests
+                while True:
+                    if self._measured:
+                        self._run_measured(batch)
+                    elif self._lock is not None:
+                        with self._lock:
+                            self._run_batch(batch)
+                    else:
+                        self._run_batch(batch)
+                    self._send()
+                    if not batch:
+                        break
+        except Disconnect as end:
+            self._finish(str(end))
+        except OSError as error:
+            self._end(error.strerror or str(error))
+        except MemoryError:
+            self._end("out of memory")
+
+    def _finish(self, why: str) -> None:
+        """End after sending what is ready."""
+        try:
+            self._send()
+        except OSError:
+            pass  # nobody waits for it any more
+        self._end(why)
+
+    def _end(self, why: str) -> None:
+        self._busy = False
+        if self._why is None:
+            self._why = why
+        if self._crew is not None:
+            self._crew.close()
+
+    def _run_measured(self, batch: deque[Request]) -> None:
+        """Run a batch, and find out whether its calls wait."""
+        calls = self._calls
+        probing = self._probing
+        cpu = thread_time() if probing else 0.0
+        if self._watch.asleep:
+            self._watch.wake()
+        self._busy = True
+        wall = perf_counter()
+        self._run_batch(batch)
+        wall = perf_counter() - wall
+        self._busy = False
+        calls = self._calls - calls
+        if wall > SLOW_CALL * calls and calls:
+            # Slow by waiting: then threads help; or by computing: then they are no use.
+            if probing and thread_time() - cpu < wall / 2:
+                log.debug(f"calls take {wall / calls * 1e6:.0f} us: using threads")
+                self._dispatching = True
+            self._probing = 8
+        elif probing:
+            self._probing = probing - 1
+
+    def _run_batch(self, batch: deque[Request]) -> None:
+        """Run requests in order; replies go to `_ready`. Returns early when they are many bytes.
+
+        The two common requests are done here; `_run` knows all the others, and all that is odd.
+        """
+        next_request = batch.popleft
+        ready = self._ready
+        size = self._size
+        pread = self._layer.unchecked_pread
+        pwrite = self._layer.pwrite if self._can_write else None
+        pack_data = DATA.pack
+        pack_simple = SIMPLE.pack
+        structured = self._structured
+        gathered = 0
+        while batch:
+            try:
+                flags, kind, cookie, offset, count, payload = next_request()
+            except IndexError:
+                return  # another thread has taken over
+            self._calls += 1
+            if kind == 0 and not flags and 0 < count <= MAX_PAYLOAD and offset + count <= size:
+                try:
+                    data = pread(count, offset, 0)
+                    kind_of = type(data)
+                    if kind_of is memoryview:
+                        if data.nbytes != count or not data.contiguous:
+                            data = exactly(data, count)
+                    elif (kind_of is not bytes and kind_of is not bytearray) or len(data) != count:
+                        data = exactly(data, count)
+                except Exception as failure:
+                    self._fail(kind, cookie, offset, count, failure)
+                    continue
+                if not structured:
+                    ready += (pack_simple(SIMPLE_REPLY_MAGIC, 0, cookie), data)
+                elif count >= HOLE_PAYS and kind_of is not memoryview and _is_zero(data, count):
+                    ready.append(encode_hole(cookie, offset, count))
+                    continue
+                else:
+                    ready += (
+                        pack_data(STRUCTURED_REPLY_MAGIC, 1, 1, cookie, count + 8, offset),
+                        data,
+                    )
+                gathered += count
+                if gathered >= GATHER:
+                    return
+            elif (
+                kind == 1
+                and payload is not None
+                and flags & ~1 == 0
+                and (flags == 0 or self._can_fua)
+                and offset + count <= size
+                and pwrite is not None
+            ):
+                try:
+                    pwrite(payload, offset, flags << 1)  # CMD_FLAG_FUA is 1, Flag.FUA is 2
+                except Exception as failure:
+                    self._fail(kind, cookie, offset, count, failure)
+                    continue
+                ready.append(pack_simple(SIMPLE_REPLY_MAGIC, 0, cookie))
+            else:
+                gathered += self._run(flags, kind, cookie, offset, count, payload)
+                if gathered >= GATHER:
+                    return
+
+    # -- one request, whatever it is -------------------------------------------------------------
+
+    def _run(
+        self,
+        flags: int,
+        kind: int,
+        cookie: int,
+        offset: int,
+        count: int,
+        payload: memoryview | None,
+    ) -> int:
+        """Run one request and put its reply on `_ready`; returns the bytes of data in it."""
+        refused = self._check(flags, kind, offset, count, payload)
+        if refused is not None:
+            if kind == CMD_DISC:
+                raise Disconnect("")
+            error, why = refused
+            log.debug(
+                f"refused {_NAMES.get(kind, f'command {kind}')} of {count} at {offset}"
+                f" flags {flags:#x}: {why}"
+            )
+            self._refuse(kind, cookie, offset, error, why)
+            return 0
+        try:
+            return self._call(flags, kind, cookie, offset, count, payload)
+        except Exception as failure:
+            self._fail(kind, cookie, offset, count, failure)
+            return 0
+
+    def _check(
+        self, flags: int, kind: int, offset: int, count: int, payload: memoryview | None
+    ) -> tuple[int, str] | None:
+        """Why a request must be refused, as (protocol's error, text); None: it is good.
+
+        NBD protocol, "Request types" and "Command flags"; plugin-contract.md, "FUA".
+        """
+        fua = CMD_FLAG_FUA if self._can_fua else 0
+        if kind == CMD_READ:
+            allowed = fua | (CMD_FLAG_DF if self._structured else 0)
+            possible = True
+        elif kind == CMD_WRITE:
+            allowed, possible = fua, True
+        elif kind == CMD_FLUSH:
+            allowed, possible = fua, self._can_flush
+        elif kind == CMD_TRIM:
+            allowed, possible = fua, self._can_trim or not self._can_write
+        elif kind == CMD_CACHE:
+            allowed, possible = fua, self._can_cache
+        elif kind == CMD_WRITE_ZEROES:
+            fast = CMD_FLAG_FAST_ZERO if self._can_fast_zero else 0
+            allowed = fua | CMD_FLAG_NO_HOLE | fast
+            possible = self._can_zero or not self._can_write
+        elif kind == CMD_BLOCK_STATUS:
+            allowed, possible = fua | CMD_FLAG_REQ_ONE, self._context is not None
+        elif kind == CMD_DISC:
+            return 0, ""
+        else:
+            return NBD_EINVAL, f"unknown command {kind}"
+        if not self._can_write and kind in (CMD_WRITE, CMD_TRIM, CMD_WRITE_ZEROES):
+            return NBD_EPERM, "the export is read-only"
+        if not possible:
+            return NBD_EINVAL, "not offered"
+        if flags & ~allowed:
+            return NBD_EINVAL, f"flags {flags & ~allowed:#x} are unknown, or not offered"
+        if kind == CMD_FLUSH:
+            return (NBD_EINVAL, "flush with offset or length") if offset or count else None
+        if not count:
+            return NBD_EINVAL, "length 0"
+        if count > MAX_PAYLOAD and kind in (CMD_READ, CMD_WRITE):
+            return NBD_EINVAL, f"length {count} is more than {MAX_PAYLOAD}"
+        if offset + count > self._size:
+            error = NBD_ENOSPC if kind in (CMD_WRITE, CMD_WRITE_ZEROES) else NBD_EINVAL
+            return error, f"beyond the end of the export ({self._size} bytes)"
+        if kind == CMD_WRITE and payload is None:
+            return NBD_EINVAL, "no payload"
+        return None
+
+    def _call(
+        self,
+        flags: int,
+        kind: int,
+        cookie: int,
+        offset: int,
+        count: int,
+        payload: memoryview | None,
+    ) -> int:
+        """Do a request that was checked, and put its reply on `_ready`."""
+        layer = self._layer
+        fua = Flag.FUA if flags & CMD_FLAG_FUA else 0
+        if kind == CMD_READ:
+            data = exactly(layer.unchecked_pread(count, offset, 0), count)
+            if not self._structured:
+                header = SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
+            else:
+                header = DATA.pack(STRUCTURED_REPLY_MAGIC, 1, 1, cookie, count + 8, offset)
+            self._ready += (header, data)
+            return count
+        if kind == CMD_BLOCK_STATUS:
+            assert self._context is not None
+            one = Flag.REQ_ONE if flags & CMD_FLAG_REQ_ONE else 0
+            pairs = [(extent[1], extent[2]) for extent in layer.extents(count, offset, one)]
+            self._ready.append(encode_status(cookie, self._context, pairs))
+            return 8 * len(pairs)
+        if kind == CMD_WRITE:
+            layer.pwrite(payload, offset, fua)
+        elif kind == CMD_FLUSH:
+            layer.flush(0)
+        elif kind == CMD_TRIM:
+            layer.trim(count, offset, fua)
+        elif kind == CMD_CACHE:
+            layer.cache(count, offset, 0)
+        else:
+            may_trim = 0 if flags & CMD_FLAG_NO_HOLE else Flag.MAY_TRIM
+            fast = Flag.FAST_ZERO if flags & CMD_FLAG_FAST_ZERO else 0
+            layer.zero(count, offset, fua | may_trim | fast)
+        self._ready.append(SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, cookie))
+        return 0
+
+    def _fail(self, kind: int, cookie: int, offset: int, count: int, failure: Exception) -> None:
+        """A plugin's call failed: the client gets an errno, the log what happened."""
+        error = nbd_errno(errno_of(failure))
+        what = _NAMES.get(kind, "request")
+        if not (error == 95 and kind == CMD_WRITE_ZEROES):  # a fast zero that is not: no news
+            log.exception(f"{self._name}: {what}: offset {offset}, count {count}", failure)
+        text = log.describe(failure) if isinstance(failure, OSError) else "the plugin failed"
+        self._refuse(kind, cookie, offset, error, f"{what}: {text}")
+
+    def _refuse(self, kind: int, cookie: int, offset: int, error: int, why: str) -> None:
+        if self._structured:
+            at = offset if kind == CMD_READ else None
+            self._ready.append(encode_error(cookie, error, why, at))
+        else:
+            self._ready.append(SIMPLE.pack(SIMPLE_REPLY_MAGIC, error, cookie))
+
+    # -- sending -----------------------------------------------------------------------------------
+
+    def _send(self) -> None:
+        """Send every reply that is ready. Raises OSError when the client is gone."""
+        ready = self._ready
+        lock = self._send_lock
+        while ready and lock.acquire():
+            try:
+                pieces = ready[:IOV_MAX]
+                del ready[: len(pieces)]
+                if pieces:
+                    self._send_pieces(pieces)
+            finally:
+                lock.release()
+
+    def _send_ready(self) -> None:
+        """As `_send`, but leaves it to the thread that is sending already, if there is one."""
+        ready = self._ready
+        lock = self._send_lock
+        while ready and lock.acquire(blocking=False):
+            try:
+                pieces = ready[:IOV_MAX]
+                del ready[: len(pieces)]
+                if pieces:
+                    self._send_pieces(pieces)
+            finally:
+                lock.release()
+
+    def _send_pieces(self, pieces: list[Any]) -> None:
+        sent = self._sock.sendmsg(pieces)
+        total = sum(map(len, pieces))
+        while sent < total:  # a signal, or a socket that takes less
+            total -= sent
+            while sent >= len(pieces[0]):
+                sent -= len(pieces.pop(0))
+            if sent:
+                pieces[0] = memoryview(pieces[0])[sent:]
+            sent = self._sock.sendmsg(pieces)
+
+    def hang_up(self) -> None:
+        """End at once, whatever is under way (from any thread)."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the client was quicker
+
+    # -- being left behind ---------------------------------------------------------------------------
+
+    def take_over(self) -> None:
+        """The reader's call takes long: another thread goes on (called by the Watch)."""
+        crew = self._crew
+        if crew is None or not (self._batch or _readable(self._sock)):
+            return
+        self._epoch += 1
+        self._busy = False
+        self._dispatching = True
+        epoch, batch = self._epoch, self._batch
+        crew.start(lambda: self._go_on(epoch, batch))
+
+    def _go_on(self, epoch: int, batch: deque[Request]) -> None:
+        requests = []
+        try:
+            while True:
+                requests.append(batch.popleft())
+        except IndexError:
+            pass
+        try:
+            self._send()
+            with self._turn:
+                self._parser.detach()  # the call that is left behind may still use its payload
+                if requests and self._crew is not None:
+                    self._crew.dispatch(requests)
+        except Disconnect as end:
+            self._finish(str(end))
+            return
+        except OSError as error:
+            self._end(error.strerror or str(error))
+            return
+        self._read(epoch)
+
+    def is_stuck(self, calls: int) -> bool:
+        """Whether the reader is in the same call as when it had begun `calls` requests."""
+        return self._busy and self._calls == calls
+
+    @property
+    def busy(self) -> bool:
+        """Whether the reader is running requests."""
+        return self._busy
+
+    @property
+    def calls(self) -> int:
+        """How many requests the reader has begun."""
+        return self._calls
+
+
+class Crew:
+    """A connection's worker threads: started when there is work, at most `limit` of them."""
+
+    def __init__(self, transmission: Transmission, limit: int) -> None:
+        from queue import SimpleQueue
+
+        self._transmission = transmission
+        self._limit = limit
+        self._queue: Any = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Condition(threading.Lock())
+        self._workers = 0
+        self._idle = 0
+        self._bytes = 0
+        self._inflight = 0
+        self._closed = False
+        self._quick = 0
+        self._seconds = 0.0
+
+    def dispatch(self, requests: list[Request]) -> None:
+        """Queue requests, waiting while too much is in flight. Raises Disconnect for DISC."""
+        transmission = self._transmission
+        for request in requests:
+            flags, kind, cookie, offset, count, payload = request
+            if kind == CMD_DISC:
+                raise Disconnect("")
+            weight = 0
+            if payload is not None:
+                weight = count
+                request = (flags, kind, cookie, offset, count, memoryview(bytes(payload)))
+            elif kind == CMD_READ and count <= MAX_PAYLOAD:
+                weight = count
+            with self._lock:
+                while self._inflight and (
+                    self._bytes + weight > BUDGET or self._inflight >= 4 * self._limit + 64
+                ):
+                    if transmission._why is not None:
+                        raise Disconnect(transmission._why)
+                    self._lock.wait(1.0)
+                self._bytes += weight
+                self._inflight += 1
+                wanted = self._inflight > self._workers and self._workers < self._limit
+                if wanted:
+                    self._workers += 1
+            self._queue.put((request, weight))
+            if wanted:
+                self.start(self._work)
+
+    def start(self, target: Callable[[], None]) -> None:
+        """Run `target` in a thread that works for this connection."""
+        thread = threading.Thread(target=self._in_thread, args=(target,), daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _in_thread(self, target: Callable[[], None]) -> None:
+        set_current(self._transmission._session)
+        log.set_name(self._transmission._name)
+        target()
+
+    def _work(self) -> None:
+        transmission = self._transmission
+        get = self._queue.get
+        while True:
+            item = get()
+            if item is None:
+                self._queue.put(None)
+                return
+            (flags, kind, cookie, offset, count, payload), weight = item
+            started = perf_counter()
+            try:
+                transmission._run(flags, kind, cookie, offset, count, payload)
+                seconds = perf_counter() - started
+                if weight > SMALL_REPLY or len(transmission._ready) > IOV_MAX // 2:
+                    transmission._send()  # waits when the client does not read: so do we
+                else:
+                    transmission._send_ready()
+            except (OSError, MemoryError) as error:
+                transmission._end(str(error))
+                transmission.hang_up()
+                seconds = 0.0
+            with self._lock:
+                self._bytes -= weight
+                self._inflight -= 1
+                self._seconds += seconds
+                self._quick += 1
+                if self._quick >= 256:
+                    if transmission._measured and self._seconds < QUICK_CALL * self._quick:
+                        transmission._dispatching = False
+                    self._quick, self._seconds = 0, 0.0
+                self._lock.notify()
+
+    def close(self) -> None:
+        """No more requests will come: workers end when the queue is empty."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._lock.notify_all()
+        self._queue.put(None)
+
+    def join(self) -> None:
+        """Wait until every thread has ended."""
+        while self._threads:
+            self._threads.pop().join()
+
+
+def _is_zero(data: bytes | bytearray, count: int) -> bool:
+    """Whether data is zeros throughout: a comparison that ends at the first other byte."""
+    if data[0] or data[count >> 1] or data[count - 1]:
+        return False
+    zeros = _zeros[0]
+    if len(zeros) < count:
+        zeros = _zeros[0] = bytes(count)
+    return data == (zeros if len(zeros) == count else memoryview(zeros)[:count])
+
+
+def _readable(sock: socket.socket) -> bool:
+    import select
+
+    try:
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        return bool(poll.poll(0))
+    except (OSError, ValueError):
+        return False  # closed meanwhile
+
+
+def errno_of(failure: BaseException) -> int | None:
+    """The errno that an exception stands for; None where it says nothing."""
+    if isinstance(failure, MemoryError):
+        return errno.ENOMEM
+    return failure.errno if isinstance(failure, OSError) else None
