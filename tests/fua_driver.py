@@ -47,12 +47,24 @@ class FileLog(Log):
 
 
 class Driver:
-    """`nbd` is libnbd's module, `socket` the server's. `hang_up`: see `check`."""
+    """`nbd` is libnbd's module, `socket` the server's, `read_only`: the server only reads.
 
-    def __init__(self, nbd: ModuleType, socket: str, log: Log, *, hang_up: bool = False) -> None:
+    A client that was refused stays while the next one is served, unless it shall `hang_up`.
+    """
+
+    def __init__(
+        self,
+        nbd: ModuleType,
+        socket: str,
+        log: Log,
+        *,
+        read_only: bool = False,
+        hang_up: bool = False,
+    ) -> None:
         self.nbd: Any = nbd
         self.socket = socket
         self.log = log
+        self.read_only = read_only
         self.hang_up = hang_up
 
     def handle(self, export: str = "") -> Any:
@@ -107,11 +119,8 @@ class Driver:
         return 0
 
     def check(self, subject: Subject, requests: Sequence[Request]) -> list[str]:
-        """Open the subject and send it the requests. Returns a text for each difference.
-
-        A client that was refused stays while the next one is served, unless it shall hang up.
-        """
-        expected = terms(subject)
+        """Open the subject and send it the requests. Returns a text for each difference."""
+        expected = terms(subject, read_only=self.read_only)
         self.log.take()
         fua_subjects.asked.clear()
         try:

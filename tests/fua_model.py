@@ -77,6 +77,7 @@ class Subject:
     can_fua: str | None = None
     can_flush: bool | None = None
     can_trim: bool | None = None
+    can_zero: bool | None = None
     can_write: bool | None = None
     can_fast_zero: bool | None = None
     caches: bool = False
@@ -107,8 +108,13 @@ class Subject:
         counts = self.form != V2 or callback not in FUA_FORMS
         return counts and callback in self.callbacks
 
+    @property
+    def zeroes(self) -> bool:
+        """It has a zero callback, and lets it be called."""
+        return (self.has("zero") or self.has("zero_fua")) and self.can_zero is not False
 
-QUESTIONS = ("can_fua", "can_flush", "can_trim", "can_write", "can_fast_zero")
+
+QUESTIONS = ("can_fua", "can_flush", "can_trim", "can_zero", "can_write", "can_fast_zero")
 
 
 class Mode(Enum):
@@ -173,11 +179,11 @@ def error(*numbers: int) -> frozenset[int]:
     return frozenset(numbers)
 
 
-def terms(subject: Subject) -> Terms | Refused:
-    """What a client that opens the subject gets."""
+def terms(subject: Subject, *, read_only: bool = False) -> Terms | Refused:
+    """What a client that opens the subject gets; `read_only`: from a server that only reads."""
     can_flush = subject.has("flush") if subject.can_flush is None else subject.can_flush
     can_write = subject.has("pwrite") or subject.has("pwrite_fua")
-    if not can_write or subject.can_write is False:
+    if read_only or not can_write or subject.can_write is False:
         # DECIDED: nothing that writes is offered, so can_fua is not asked and nothing is refused.
         return Terms(read_only=True, flush=can_flush)
     can_trim = subject.has("trim") or subject.has("trim_fua")
@@ -187,7 +193,7 @@ def terms(subject: Subject) -> Terms | Refused:
         flush=can_flush,
         trim=can_trim,
         zero=True,
-        fast_zero=bool(subject.can_fast_zero and subject.has("zero")),
+        fast_zero=bool(subject.can_fast_zero and subject.zeroes),
     )
     if subject.can_fua in NONSENSE:
         return Refused(f"can_fua: {subject.can_fua}")
@@ -207,7 +213,7 @@ def terms(subject: Subject) -> Terms | Refused:
             elif operation != "trim" or can_trim:
                 return Refused(f"{operation} with FUA needs a flush")
         modes[operation] = mode
-    if not (subject.has("zero") or subject.has("zero_fua")):
+    if not subject.zeroes:
         # DECIDED: without any zero callback, a zero is a write, and keeps FUA as a write does.
         modes["zero"] = Mode.WRITE
     return replace(
@@ -277,8 +283,7 @@ def written(subject: Subject, mode: Mode, request: Request, fill: int) -> Outcom
 
 
 def zeroed(subject: Subject, offer: Terms, request: Request) -> Outcome:
-    by_write = not (subject.has("zero") or subject.has("zero_fua"))
-    if by_write or (request.fua and offer.zero_mode is Mode.WRITE):
+    if not subject.zeroes or (request.fua and offer.zero_mode is Mode.WRITE):
         if request.fast:
             return Outcome(errnos=error(errno.ENOTSUP))
         return written(subject, offer.write_mode, request, 0)

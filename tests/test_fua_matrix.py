@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager, contextmanager
 from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -78,7 +77,7 @@ def serve_here(nbd: ModuleType, sockdir: Path) -> Serve:
     """serve_here(subject): our server in this process, for every subject with the same script."""
 
     @contextmanager
-    def start(subject: Subject, **options: Any) -> Iterator[Driver]:
+    def start(subject: Subject, *, readonly: bool = False) -> Iterator[Driver]:
         import pynbdkit
 
         if subject.form == NATIVE:
@@ -88,8 +87,8 @@ def serve_here(nbd: ModuleType, sockdir: Path) -> Serve:
             path.write_text(fua_subjects.script(subject))
             plugin = pynbdkit.load_plugin(str(path))
         socket = str(sockdir / "socket")
-        with pynbdkit.serve(plugin, unix=socket, **options):
-            yield Driver(nbd, socket, Log())
+        with pynbdkit.serve(plugin, unix=socket, readonly=readonly):
+            yield Driver(nbd, socket, Log(), read_only=readonly)
 
     return start
 
@@ -168,7 +167,7 @@ def test_every_row(
 
 @pytest.mark.parametrize("form", FORMS)
 def test_other_questions(serve_here: Serve, form: str) -> None:
-    """can_flush and can_trim, and can_write, say something else than the callbacks do."""
+    """can_flush, can_trim, can_zero, can_write say something else than the callbacks do."""
     subjects = []
     for callbacks, can_fua, can_flush, can_trim in product(
         callback_sets(), (None, "EMULATE", "NATIVE"), (None, False, True), (None, False, True)
@@ -184,10 +183,53 @@ def test_other_questions(serve_here: Serve, form: str) -> None:
         if not lies or isinstance(terms(subject), Refused):
             subjects.append(subject)
     subjects += [
+        Subject(form, callbacks, can_fua, can_zero=can_zero)
+        for callbacks, can_fua, can_zero in product(
+            callback_sets(), (None, "EMULATE", "NATIVE"), BOTH
+        )
+        if form != V2 or not callbacks & FUA_FORMS
+    ]
+    subjects += [
         Subject(form, callbacks, can_fua, can_write=False)
         for callbacks, can_fua in product(list(callback_sets())[::7], (None, "NATIVE", "raises"))
     ]
     report(check_all(serve_here, subjects, PLAIN))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_read_only_server(serve_here: Serve, form: str) -> None:
+    """Neither FUA nor trim nor zero is offered, whatever the plugin has; nothing is refused."""
+
+    def serve(subject: Subject) -> AbstractContextManager[Driver]:
+        return serve_here(subject, readonly=True)
+
+    subjects = [
+        Subject(form, callbacks, can_fua)
+        for callbacks, can_fua in product(
+            list(callback_sets())[1::6], (None, "EMULATE", "NATIVE", "raises")
+        )
+    ]
+    report(check_all(serve, subjects, PLAIN))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_refusal_is_told(serve_here: Serve, form: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The log says in one line what is missing, and no more than that."""
+    for callbacks, can_fua, word in (
+        ({"pwrite"}, "EMULATE", "flush"),
+        ({"pwrite", "flush"}, "7", "can_fua"),
+        ({"pwrite", "flush"}, "None", "can_fua"),
+        ({"pwrite_fua", "trim"}, None, "trim_fua"),
+    ):
+        subject = Subject(form, frozenset(callbacks), can_fua)
+        if not isinstance(terms(subject), Refused):
+            continue
+        with serve_here(subject) as driver:
+            capfd.readouterr()
+            assert driver.check(subject, []) == []
+            told = capfd.readouterr().err
+        assert told.count("\n") == 1
+        assert word in told
 
 
 @pytest.mark.parametrize("form", FORMS)
