@@ -200,11 +200,27 @@ def test_refusals_on_the_way_do_not_end_it() -> None:
     meta = struct.pack(">I", 1) + b"base:allocation"
     refused = reply(LIST_META, META, meta) + reply(LIST_META, INVALID)
     assert sent(client.receive(refused)) == [SET_META]
-    assert sent(client.receive(reply(SET_META, META, meta) + reply(SET_META, UNSUP))) == [GO]
+    # Contexts that came before an error are to be disregarded, in the next option as well.
+    other = struct.pack(">I", 2) + b"base:allocation"
+    assert sent(client.receive(reply(SET_META, META, other) + reply(SET_META, ACK))) == [GO]
     client.receive(GO_OK)
-    assert client.negotiated.contexts == ()
+    assert client.negotiated.contexts == ((2, "base:allocation"),)
     assert client.available_contexts is None
     assert client.exports is None
+
+
+def test_contexts_are_not_kept_if_set_fails() -> None:
+    client = ClientHandshake("disk")
+    client.receive(greeting() + reply(STRUCTURED, ACK))
+    meta = struct.pack(">I", 1) + b"base:allocation"
+    client.receive(reply(SET_META, META, meta) + reply(SET_META, INVALID) + GO_OK)
+    assert client.negotiated.contexts == ()
+
+
+def test_each_context_is_asked_for_once() -> None:
+    once, twice = (ClientHandshake("disk", contexts=["x:y"] * times) for times in (1, 2))
+    start = greeting() + reply(STRUCTURED, ACK)
+    assert once.receive(start) == twice.receive(start)
 
 
 @pytest.mark.parametrize("code", [TLS_REQD, SHUTDOWN])
@@ -214,7 +230,7 @@ def test_refusals_that_end_it_wherever_they_come(code: int) -> None:
     assert sent(client.receive(reply(STRUCTURED, code))) == [ABORT]
     assert client.refusal is not None
     assert client.refusal.code == code
-    assert str(client.refusal.message)
+    assert "the server" in str(client.refusal)
 
 
 @pytest.mark.parametrize(
@@ -232,14 +248,14 @@ def test_a_refused_export_ends_by_abort(end: bytes | None) -> None:
     assert client.state == hc.CLOSED
     assert client.refusal is not None
     assert client.refusal.code == UNKNOWN
-    assert client.refusal.message == "the server refused the export 'disk': it is not [31m here"
+    assert str(client.refusal) == "the server refused the export 'disk': it is not [31m here"
 
 
 def test_a_refusal_without_a_text_names_its_code() -> None:
     client = ClientHandshake("disk", structured_replies=False)
     client.receive(greeting())
     client.receive(reply(GO, UNKNOWN))
-    assert "NBD_REP_ERR_UNKNOWN" in str(client.refusal and client.refusal.message)
+    assert "NBD_REP_ERR_UNKNOWN" in str(client.refusal)
 
 
 def test_a_server_that_closes_after_export_name_has_no_such_export() -> None:
@@ -354,6 +370,13 @@ def test_a_listing_without_end() -> None:
     client.receive(one * hc.MAX_REPLIES)
     with pytest.raises(ProtocolError, match="replies"):
         client.receive(one)
+
+
+def test_a_long_listing_does_not_count_for_the_next_option() -> None:
+    client = ClientHandshake("disk", list_exports=True, structured_replies=False)
+    listing = reply(LIST, SERVER, counted(b"a")) * (hc.MAX_REPLIES - 1) + reply(LIST, ACK)
+    client.receive(greeting() + listing + GO_OK)
+    assert client.state == hc.TRANSMISSION
 
 
 @pytest.mark.parametrize("data", [b"", b"NBDMA", greeting(), greeting() + reply(STRUCTURED, ACK)])

@@ -360,11 +360,9 @@ class ClientHandshake:
 
     def _on_error(self, error: HandshakeError) -> bytes:
         if error.code == REP_ERR_TLS_REQD:
-            error.message = error.message or "the server requires TLS"
-            return self._refuse(error)
+            return self._refuse(HandshakeError(error.code, "the server requires TLS"))
         if error.code == REP_ERR_SHUTDOWN:
-            error.message = error.message or "the server is shutting down"
-            return self._refuse(error)
+            return self._refuse(HandshakeError(error.code, "the server is shutting down"))
         if self._option == OPT_GO and error.code == REP_ERR_UNSUP:
             return self._send_export_name()
         self._found_contexts = []  # "The client MUST disregard any context replies."
@@ -372,10 +370,10 @@ class ClientHandshake:
             self._close()
             return b""
         if self._option in (OPT_GO, OPT_INFO) or (self._option == OPT_LIST and self._name is None):
-            code = name_of("REP_", error.code)
-            subject = f"export {shorten(self._name)}" if self._name is not None else "list"
-            error.message = f"the server refused the {subject}: {error.message or code}"
-            return self._refuse(error)
+            subject = "list" if self._name is None else f"export {shorten(self._name)}"
+            reason = error.message or name_of("REP_", error.code)
+            message = f"the server refused the {subject}: {reason}"
+            return self._refuse(HandshakeError(error.code, message))
         return self._send_next()
 
     def _on_ack(self, name: str) -> bytes:
