@@ -52,7 +52,7 @@ class _Devices(Plugin):
         super().__init__()
         self._source = source
 
-    def open(self, session: Session) -> Device:  # noqa: ARG002
+    def open(self, session: Session) -> Device:
         if isinstance(self._source, Device):
             return _Shared(self._source)
         return self._source()

@@ -1,4 +1,4 @@
-"""Errors that cross a border: to the operator (one line, exit status 1) and to the client (an errno).
+"""Errors that cross a border: to the operator (one line) and to the client (an errno).
 
 The protocol knows eight error numbers; `nbd_errno` says which of them stands for an errno
 (plugin-contract.md, "Errors"; NBD protocol, "Error values").

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 verbose = False
 program = "pynbdkit"
+flags: dict[str, int] = {}
+"""Debug flags by name (-D NAME.FLAG=N)."""
 _local = threading.local()
 _lock = threading.Lock()
 _seen: set[object] = set()

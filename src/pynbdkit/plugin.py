@@ -69,6 +69,33 @@ class Plugin(Configurable):
         """A Device for this connection. Raise OSError or OpenError to refuse it."""
         raise NotImplementedError(f"{type(self).__name__} has no open()")
 
+    def callbacks(self) -> list[str]:
+        """The names of all callbacks that this plugin and its devices have, for --dump-plugin.
+
+        Default: what the class overrides, and what the Device classes beside it in its module do.
+        """
+        import sys
+
+        from .device import Device
+
+        module = sys.modules.get(type(self).__module__)
+        found = {
+            name for name in vars(Plugin) if getattr(type(self), name) is not vars(Plugin)[name]
+        }
+        for value in list(vars(module).values()) if module else []:
+            if isinstance(value, type) and issubclass(value, Device) and value is not Device:
+                found |= {name for name in vars(value) if callable(getattr(value, name))}
+        order = [*vars(Plugin), *vars(Device), "pwrite_fua", "trim_fua", "zero_fua"]
+        own = ("callbacks",)
+        return [
+            name
+            for name in order
+            if name in found
+            and not name.startswith("_")
+            and name not in own
+            and callable(getattr(Plugin, name, None) or getattr(Device, name, print))
+        ]
+
     def dump_plugin(self) -> Iterable[tuple[str, str]]:
         """More key=value lines for --dump-plugin."""
         return ()

@@ -1,0 +1,1 @@
+"""The command lines: options, usage texts, exit codes, and what a daemon needs."""

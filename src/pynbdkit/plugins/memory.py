@@ -15,6 +15,7 @@ from ..device import Device
 from ..errors import ConfigError
 from ..extents import HOLE, ZERO, Extent
 from ..flags import CacheMode, Flag, Fua
+from ..parse import parse_bool
 from ..plugin import Plugin
 
 TYPE_CHECKING = False
@@ -43,7 +44,7 @@ def _allocator(text: str) -> tuple[str, bool]:
         key, _, value = option.partition("=")
         if key != "mlock" or name != "malloc":
             raise ValueError(f"unknown allocator option {option!r} (malloc takes mlock=true)")
-        locked = parameters.parse_bool(value or "true")
+        locked = parse_bool(value or "true")
     if name == "zstd":
         raise ValueError("allocator zstd is not supported: use sparse or malloc")
     if name not in ("sparse", "malloc"):
@@ -129,9 +130,13 @@ class MappedDisk:
     def _fill(self, start: int, end: int) -> None:
         while start < end:
             piece = min(end - start, 1 << 20)
-            if not self.sparse or self.written.find(
-                1, start >> CHUNK_BITS, ((start + piece - 1) >> CHUNK_BITS) + 1
-            ) >= 0:
+            if (
+                not self.sparse
+                or self.written.find(
+                    1, start >> CHUNK_BITS, ((start + piece - 1) >> CHUNK_BITS) + 1
+                )
+                >= 0
+            ):
                 self.view[start : start + piece] = bytes(piece)
             start += piece
 

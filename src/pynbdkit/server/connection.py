@@ -58,6 +58,7 @@ class Exports(ExportSource):
         self.layer: Layer | None = None
 
     def list_exports(self) -> Sequence[tuple[str, str]]:
+        """For LIST. Raises HandshakeError."""
         try:
             with self._server.control_lock:
                 return self._server.chain.list_exports(self._session.readonly, self._session.is_tls)
@@ -66,6 +67,7 @@ class Exports(ExportSource):
             raise HandshakeError(REP_ERR_UNKNOWN, "the exports cannot be listed") from None
 
     def open(self, name: str) -> ExportInfo:
+        """For INFO, GO and EXPORT_NAME; the layer stays open. Raises HandshakeError."""
         try:
             with self._server.control_lock:
                 return self._open(name)
@@ -114,7 +116,7 @@ class Exports(ExportSource):
 
 
 def transmission_flags(layer: Layer) -> int:
-    """What an export can, as the protocol's transmission flags; each question asked in its order."""
+    """What an export can, as transmission flags; each question is asked in the peer's order."""
     flags = FLAG_HAS_FLAGS
     if layer.can_write():
         if layer.can_zero() != ZeroMode.NONE:

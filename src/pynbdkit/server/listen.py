@@ -10,6 +10,7 @@ from ..errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
 LOOPBACK = ("127.0.0.1", "::1")
 FIRST_INHERITED = 3
@@ -38,7 +39,7 @@ def listen_tcp(
     Arguments: names or addresses ("" stands for all interfaces), a port number or service name
     (0: any free one, the same for all addresses), AF_INET or AF_INET6 to restrict names.
     """
-    found: list[tuple[int, tuple[str | int, ...]]] = []
+    found: list[tuple[int, Any]] = []
     explicit = tuple(addresses) != LOOPBACK
     for address in addresses:
         try:

@@ -30,8 +30,8 @@ STOP_PATIENCE = 10.0
 class Server:
     """Serves a configured chain on listening sockets.
 
-    Arguments: `readonly` (-r); `threads` per connection (-t); `structured_replies` (False: --no-sr);
-    `handshake_mask` (--mask-handshake: bit 0 fixed newstyle, bit 1 no zeroes).
+    Arguments: `readonly` (-r); `threads` per connection (-t); `structured_replies` (False:
+    --no-sr); `handshake_mask` (--mask-handshake: bit 0 fixed newstyle, bit 1 no zeroes).
     """
 
     def __init__(
@@ -124,8 +124,10 @@ class Server:
         self.watch.close()
         for failure in [*self.chain.cleanup(), *self.chain.unload()]:
             log.exception("cleanup", failure)
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        read, write = self._wake_read, self._wake_write
+        self._wake_read = self._wake_write = -1  # a later `stop` must not write to a reused one
+        os.close(read)
+        os.close(write)
 
     # -- accepting -----------------------------------------------------------------------------------
 

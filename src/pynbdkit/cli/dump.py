@@ -1,0 +1,68 @@
+"""What --dump-config, --dump-plugin and PLUGIN --help print (nbdkit-probing(1))."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from .._version import __version__
+from ..flags import THREAD_MODEL_NAMES
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..chain import Chain
+
+
+def config() -> Iterator[tuple[str, str]]:
+    """The lines of --dump-config."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    machine = os.uname()
+    major, minor = __version__.split(".")[:2]
+    yield "binary", os.path.abspath(sys.argv[0])
+    yield "bindir", os.path.dirname(os.path.abspath(sys.argv[0]))
+    yield "exit_with_parent", "yes" if sys.platform == "linux" else "no"
+    yield "filterdir", os.path.join(package, "filters")
+    yield "host_cpu", machine.machine
+    yield "host_os", machine.sysname.lower()
+    yield "name", "pynbdkit"
+    yield "plugindir", os.path.join(package, "plugins")
+    yield "python_version", ".".join(map(str, sys.version_info[:3]))
+    yield "tls", "no"
+    yield "version", __version__
+    yield "version_major", major
+    yield "version_minor", minor
+
+
+def plugin(chain: Chain) -> Iterator[tuple[str, str]]:
+    """The lines of --dump-plugin."""
+    it = chain.plugin
+    module = sys.modules.get(type(it).__module__)
+    yield (
+        "path",
+        os.path.abspath(getattr(it, "path", None) or getattr(module, "__file__", "") or ""),
+    )
+    yield "name", it.name
+    yield "version", it.version or __version__
+    yield "api_version", str(it.api_version)
+    yield "max_thread_model", "parallel"
+    yield "thread_model", THREAD_MODEL_NAMES[it.thread_model]
+    yield "errno_is_preserved", "1"
+    if it.magic_config_key():
+        yield "magic_config_key", it.magic_config_key()
+    for name in it.callbacks():
+        yield f"has_{name}", "1"
+    yield from it.dump_plugin()
+
+
+def help(chain: Chain) -> Iterator[str]:
+    """The part of PLUGIN --help about plugin and filters."""
+    for kind, it in [("plugin", chain.plugin), *(("filter", f) for f in chain.filters)]:
+        yield ""
+        yield f"{kind}: {it.name}" + (f" ({it.longname})" if it.longname else "")
+        text = it.description or (type(it).__doc__ or "").strip().split("\n", 1)[0]
+        if text:
+            yield text
+        if it.config_help():
+            yield it.config_help()
