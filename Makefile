@@ -1,0 +1,38 @@
+# make test     everything that has to hold: lint, format, types, tests (installs what it needs)
+# make bench    side by side with the peers that are installed (BENCH="--quick" for a short run)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+WORKERS ?= 2
+TESTS ?= tests
+
+.PHONY: all test check pytest bench peers venv clean
+
+all: test
+
+test: check pytest
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+pytest: venv peers
+	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+
+bench: venv peers
+	$(BIN)/python benchmarks/bench.py $(BENCH)
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	PYTHON="$(PYTHON)" VENV="$(VENV)" scripts/venv
+	touch $@
+
+peers:
+	scripts/peers
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
