@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 import support
 
 
@@ -26,7 +27,7 @@ def sockdir() -> Iterator[Path]:
 
 @pytest.fixture
 def serve(sockdir: Path) -> Iterator[Callable[..., support.ServerProcess]]:
-    """serve("memory", "1M", …): our command line as a process; stopped at the end, exit 0 checked."""
+    """serve("memory", "1M", …): our command line, in a process; at the end, its exit 0 is checked."""
     running: list[support.ServerProcess] = []
 
     def start(*arguments: str | Path) -> support.ServerProcess:
@@ -67,4 +68,4 @@ def connect(nbd: ModuleType) -> Iterator[Callable[..., Any]]:
             handle.shutdown()
         except nbd.Error:
             pass
-        handle.close()
+    handles.clear()  # libnbd closes a handle when it is dropped

@@ -72,6 +72,9 @@ class Chain:
 
     def get_ready(self) -> None:
         """Call `get_ready`, outermost first, before the server forks."""
+        model = self.thread_model()
+        for filter in self.filters:
+            filter.chain_thread_model = model
         for layer in self.layers:
             layer.get_ready()
 
@@ -93,8 +96,14 @@ class Chain:
 
     def preconnect(self, readonly: bool) -> None:
         """Ask each layer, outermost first, whether it wants this client."""
-        for layer in self.layers:
-            layer.preconnect(readonly)
+
+        def below(index: int) -> None:
+            if index == len(self.filters):
+                self.plugin.preconnect(readonly)
+            else:
+                self.filters[index].around_preconnect(lambda: below(index + 1), readonly)
+
+        below(0)
 
     def list_exports(self, readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
         """What the outermost layer offers, as (name, description) pairs."""

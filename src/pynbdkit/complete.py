@@ -36,7 +36,7 @@ ZERO_PIECE: Final = 1 << 20
 """How many bytes of zeros one pwrite carries when zero is emulated."""
 MAX_SIZE: Final = (1 << 63) - 1
 MAX_EXTENTS: Final = 1 << 16
-"""More extents than this in one answer are cut off (a server may answer for less than was asked)."""
+"""An answer with more extents is cut off (a server may answer for less than was asked)."""
 
 _zeros: list[memoryview] = []
 
@@ -84,7 +84,8 @@ def check_block_size(answer: object, where: str) -> tuple[int, int, int]:
          "minimum must be a power of 2 between 1 and 65536"),
         (512 <= preferred <= 32 << 20 and preferred & (preferred - 1) == 0,
          "preferred must be a power of 2 between 512 and 32M"),
-        (minimum <= preferred <= maximum <= 0xFFFFFFFF, "minimum <= preferred <= maximum <= 4G - 1"),
+        (minimum <= preferred <= maximum <= 0xFFFFFFFF,
+         "minimum <= preferred <= maximum <= 4G - 1"),
         (maximum == 0xFFFFFFFF or maximum % minimum == 0, "maximum must be a multiple of minimum"),
     )  # fmt: skip
     for holds, rule in rules:
@@ -270,7 +271,7 @@ class Layer:
         return False
 
     def close(self) -> None:
-        """Close the device, then the layers below, each exactly once, whatever one of them raises."""
+        """Close the device, then the layers below, each once, whatever one of them raises."""
         try:
             if self.own("close") is not None:
                 self.device.close()
@@ -332,6 +333,12 @@ class Layer:
             return own
         if mode == CacheMode.NATIVE and self.next is not None:
             return self.next.cache
+        if (
+            own is None
+            and self.next is not None
+            and not (self.own("can_cache") or self.own("pread"))
+        ):
+            return self.next.cache
         pread = self.pread
 
         def cache(count: int, offset: int, flags: int = 0) -> None:
@@ -346,6 +353,8 @@ class Layer:
 
     def _bind_extents(self) -> Callable[[int, int, int], list[Extent]]:
         own = self.own("extents")
+        if own is None and self.next is not None and self.own("can_extents") is None:
+            return self.next.extents
         if not self.can_extents() or (own is None and self.next is None):
             return lambda count, offset, flags=0: [Extent(offset, count, 0)]  # type: ignore[misc]
         if own is None:
@@ -392,7 +401,8 @@ class Layer:
             return answer
         if answer not in (Fua.NONE, Fua.EMULATE, Fua.NATIVE) or not isinstance(answer, int):
             raise OpenError(
-                f"{self.where}: can_fua returned {answer!r}, not 0 (NONE), 1 (EMULATE) or 2 (NATIVE)"
+                f"{self.where}: can_fua returned {answer!r},"
+                " not 0 (NONE), 1 (EMULATE) or 2 (NATIVE)"
             )
         return int(answer)
 
@@ -480,13 +490,15 @@ class _WriteBinder:
 
     def _pwrite(self, mode: int) -> _Write:
         plain, form, flush = self.pwrite, self.pwrite_fua, self.flush
+        base: _Write
         if form is not None:
             if mode == Fua.NATIVE:
                 return lambda buf, offset, flags=0: form(buf, offset, bool(flags & 2))  # type: ignore[misc]
 
-            def base(buf: Buffer, offset: int, flags: int = 0) -> None:
+            def without_flag(buf: Buffer, offset: int, flags: int = 0) -> None:
                 form(buf, offset, False)
 
+            base = without_flag
         else:
             assert plain is not None
             base = plain
@@ -502,15 +514,17 @@ class _WriteBinder:
 
         return emulated
 
-    def _trim(self, mode: int) -> Callable[[int, int, int], None]:
+    def _trim(self, mode: int) -> _Range:
         plain, form, flush = self.trim, self.trim_fua, self.flush
+        base: _Range
         if form is not None:
             if mode == Fua.NATIVE:
                 return lambda count, offset, flags=0: form(count, offset, bool(flags & 2))  # type: ignore[misc]
 
-            def base(count: int, offset: int, flags: int = 0) -> None:
+            def without_flag(count: int, offset: int, flags: int = 0) -> None:
                 form(count, offset, False)
 
+            base = without_flag
         elif plain is not None:
             base = plain
         else:
@@ -525,13 +539,11 @@ class _WriteBinder:
 
         return emulated
 
-    def _zero(
-        self, mode: int, pwrite_mode: int, pwrite: Callable[[Buffer, int, int], None]
-    ) -> Callable[[int, int, int], None]:
+    def _zero(self, mode: int, pwrite_mode: int, pwrite: _Write) -> _Range:
         plain, form, flush = self.zero, self.zero_fua, self.flush
-        if plain is not None and mode == Fua.NATIVE and form is None and self.layer.next:
-            if self.layer.own("zero") is None:
-                return plain  # the layer below fills its own gaps
+        untouched = form is None and self.layer.next and self.layer.own("zero") is None
+        if plain is not None and untouched and (mode == Fua.NATIVE or not self.offered):
+            return plain  # the layer below fills its own gaps
 
         def by_pwrite(count: int, offset: int, flags: int) -> None:
             if flags & Flag.FAST_ZERO:
@@ -546,11 +558,13 @@ class _WriteBinder:
             if fua and not each and flush is not None:
                 flush(0)
 
+        native: _Range
         if form is not None:
 
-            def native(count: int, offset: int, flags: int) -> None:
+            def with_flag(count: int, offset: int, flags: int) -> None:
                 form(count, offset, bool(flags & Flag.MAY_TRIM), bool(flags & 2))
 
+            native = with_flag
         elif plain is not None:
             native = plain
         else:

@@ -40,6 +40,8 @@ class Filter(Configurable):
     """The most that this filter stands; the strictest layer decides."""
     blocking: bool | None = False
     """Whether its own code may wait: True (delay), False (most filters: nothing is added)."""
+    chain_thread_model: int = ThreadModel.PARALLEL
+    """What all layers together came to; set by the server before `get_ready`."""
 
     def load(self) -> None:
         """Called once, first."""
@@ -65,6 +67,11 @@ class Filter(Configurable):
 
     def preconnect(self, readonly: bool) -> None:
         """A client has connected; raise to refuse it."""
+
+    def around_preconnect(self, next: Callable[[], None], readonly: bool) -> None:
+        """Ask this filter and the next layers; for filters that need to know what those said."""
+        self.preconnect(readonly)
+        next()
 
     def list_exports(
         self, next: Callable[[], Iterable[str | tuple[str, str]]], readonly: bool, is_tls: bool

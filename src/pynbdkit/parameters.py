@@ -42,6 +42,7 @@ class Parameter:
         "name",
         "parse",
         "required",
+        "sets",
     )
 
     def __init__(
@@ -57,7 +58,9 @@ class Parameter:
         multiple: bool = False,
         metavar: str = "",
         choices: Sequence[str] = (),
+        sets: Sequence[str] = (),
     ) -> None:
+        """`sets`: attributes of the same owner that get the value too (one key for several)."""
         self.kind = kind
         self.help = help
         self.parse = parse
@@ -69,6 +72,7 @@ class Parameter:
         self.multiple = multiple
         self.metavar = metavar or kind.upper()
         self.choices = tuple(choices)
+        self.sets = tuple(sets)
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -86,6 +90,8 @@ class Parameter:
 
     def __set__(self, instance: object, value: object) -> None:
         instance.__dict__[self.name] = value
+        for name in self.sets:
+            setattr(instance, name, value)
 
     def take(self, instance: object, text: str) -> None:
         """Parse a text from the command line and set it; raises ConfigError that names the key."""
@@ -103,11 +109,16 @@ class Parameter:
 
     def is_set(self, instance: object) -> bool:
         """Whether the parameter was given."""
+        if self.multiple:
+            return bool(instance.__dict__.get(self.name))  # reading it has put a list there
         return self.name in instance.__dict__
 
 
 def size(help: str, **options: Any) -> Any:
-    """A size in bytes ("100M"). Options of all: key, default, required, magic, multiple, metavar."""
+    """A size in bytes ("100M").
+
+    Options of all: key, default, required, magic, multiple, metavar, sets.
+    """
     return Parameter("size", help, lambda _key, text: parse_size(text), **options)
 
 
@@ -131,7 +142,12 @@ def path(help: str, **options: Any) -> Any:
     """A path, made absolute at once, because a server in the background changes to "/"."""
     import os
 
-    return Parameter("path", help, lambda _key, text: os.path.abspath(text), **options)
+    def parse(_key: str, text: str) -> str:
+        if not text:
+            raise ValueError("the path is empty")
+        return os.path.abspath(text)
+
+    return Parameter("path", help, parse, **options)
 
 
 def enum(help: str, choices: Sequence[str], **options: Any) -> Any:
@@ -183,7 +199,7 @@ class Configurable:
         cls._declared = declared
 
     def __init__(self, **values: object) -> None:
-        """Parameters by attribute name: a text is parsed as on the command line, else it is the value."""
+        """Parameters by attribute name: a text is parsed as on the command line, all else taken."""
         by_name = {parameter.name: parameter for parameter in self._declared.values()}
         for name, value in values.items():
             parameter = by_name.get(name)
@@ -209,7 +225,7 @@ class Configurable:
         return True
 
     def check_parameters(self) -> None:
-        """Raise ConfigError for a required parameter that was not given (before config_complete)."""
+        """Raise ConfigError for a required parameter that is missing (before config_complete)."""
         for parameter in self._declared.values():
             if parameter.required and not parameter.is_set(self):
                 raise ConfigError(
