@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import fua_subjects
-from fua_model import FILL, Event, Refused, Request, Subject, outcome, terms
+from fua_model import FILL, Event, Refused, Request, Subject, Terms, outcome, terms
 
 
 class Unopened(Exception):
@@ -97,26 +97,39 @@ class Driver:
             return False
         return True
 
-    def send(self, client: Any, request: Request) -> int:
-        """Send the request, wait for its reply. Returns 0 or the error's errno."""
+    def start(self, client: Any, request: Request) -> int:
+        """Send the request. Returns its cookie."""
         flags = self.nbd.CMD_FLAG_FUA * request.fua
         flags |= self.nbd.CMD_FLAG_NO_HOLE * request.no_hole
         flags |= self.nbd.CMD_FLAG_FAST_ZERO * request.fast
         count, offset = request.count, request.offset
+        buf = self.nbd.Buffer.from_bytearray(bytearray([FILL]) * count)
         calls: dict[str, Callable[[], Any]] = {
-            "write": lambda: client.pwrite(bytearray([FILL]) * count, offset, flags),
-            "trim": lambda: client.trim(count, offset, flags),
-            "zero": lambda: client.zero(count, offset, flags),
-            "read": lambda: client.pread(count, offset, flags),
-            "flush": lambda: client.flush(flags),
-            "cache": lambda: client.cache(count, offset, flags),
-            "block status": lambda: client.block_status(count, offset, lambda *_: 0, flags),
+            "write": lambda: client.aio_pwrite(buf, offset, flags=flags),
+            "trim": lambda: client.aio_trim(count, offset, flags=flags),
+            "zero": lambda: client.aio_zero(count, offset, flags=flags),
+            "read": lambda: client.aio_pread(buf, offset, flags=flags),
+            "flush": lambda: client.aio_flush(flags=flags),
+            "cache": lambda: client.aio_cache(count, offset, flags=flags),
+            "block status": lambda: client.aio_block_status(
+                count, offset, lambda *_: 0, flags=flags
+            ),
         }
+        return int(calls[request.command]())
+
+    def finish(self, client: Any, cookie: int) -> int:
+        """Wait for the reply. Returns 0 or the error's errno."""
         try:
-            calls[request.command]()
+            while not client.aio_command_completed(cookie):
+                client.poll(-1)
         except self.nbd.Error as failed:
             return int(failed.errnum) or errno.EPROTO
         return 0
+
+    def send(self, client: Any, *requests: Request) -> list[int]:
+        """Send the requests at once, then wait for all replies."""
+        cookies = [self.start(client, request) for request in requests]
+        return [self.finish(client, cookie) for cookie in cookies]
 
     def check(self, subject: Subject, requests: Sequence[Request]) -> list[str]:
         """Open the subject and send it the requests. Returns a text for each difference."""
@@ -157,7 +170,7 @@ class Driver:
                 self.send(client, Request("read", mood=request.mood))
                 self.log.take()
             wanted = outcome(subject, expected, request)
-            number = self.send(client, request)
+            [number] = self.send(client, request)
             events = self.log.take()
             if join_pieces(events) != list(wanted.events) or number not in wanted.errnos:
                 wrong.append(
@@ -166,6 +179,25 @@ class Driver:
                     f"    but got  {events} and {names([number])}"
                 )
         client.shutdown()
+        return wrong
+
+    def check_pipelined(self, subject: Subject, requests: Sequence[Request]) -> list[str]:
+        """Send the subject all requests at once: it is called as if they came one by one."""
+        offer = terms(subject)
+        assert isinstance(offer, Terms)
+        client = self.connect(subject)
+        self.log.take()
+        numbers = self.send(client, *requests)
+        client.shutdown()
+        wanted = [outcome(subject, offer, request) for request in requests]
+        events = [event for one in wanted for event in one.events]
+        wrong = [
+            f"{subject}: {request}, among others: got {names([number])}"
+            for number, one, request in zip(numbers, wanted, requests, strict=True)
+            if number not in one.errnos
+        ]
+        if (called := self.log.take()) != events:
+            wrong.append(f"{subject}: pipelined:\n    expected {events}\n    but got  {called}")
         return wrong
 
 

@@ -206,7 +206,7 @@ def script(subject: Subject) -> str:
     return "".join(parts)
 
 
-def native_plugin() -> Any:
+def native_plugin(model: int) -> Any:
     """One plugin for all native subjects: the export's name says which device it opens."""
     import pynbdkit
 
@@ -262,6 +262,8 @@ def native_plugin() -> Any:
         return type("Disk", (pynbdkit.Device,), body)()
 
     class Disks(pynbdkit.Plugin):
+        thread_model = model
+
         def open(self, session: Any) -> Any:
             return device(Subject.parse(session.export_name))
 

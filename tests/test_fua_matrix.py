@@ -77,11 +77,16 @@ def serve_here(nbd: ModuleType, sockdir: Path) -> Serve:
     """serve_here(subject): our server in this process, for every subject with the same script."""
 
     @contextmanager
-    def start(subject: Subject, *, readonly: bool = False) -> Iterator[Driver]:
+    def start(
+        subject: Subject, *, readonly: bool = False, serialized: bool = False
+    ) -> Iterator[Driver]:
         import pynbdkit
 
         if subject.form == NATIVE:
-            plugin = fua_subjects.native_plugin()
+            models = pynbdkit.ThreadModel
+            plugin = fua_subjects.native_plugin(
+                models.SERIALIZE_REQUESTS if serialized else models.PARALLEL
+            )
         else:
             path = sockdir / "plugin.py"
             path.write_text(fua_subjects.script(subject))
@@ -233,6 +238,21 @@ def test_refusal_is_told(serve_here: Serve, form: str, capfd: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_pipelined(serve_here: Serve, form: str) -> None:
+    """Requests that come together are each answered as if they had come alone."""
+    requests = [request for request in REQUESTS if request.command != "flush"] * 2
+    wrong: list[str] = []
+    for callbacks, can_fua in product(callback_sets(), (None, "NATIVE")):
+        if not callbacks >= {"trim", "zero"} or (form == V2 and callbacks & FUA_FORMS):
+            continue
+        subject = Subject(form, callbacks, can_fua)
+        if not isinstance(terms(subject), Refused):
+            with serve_here(subject, serialized=True) as driver:
+                wrong += driver.check_pipelined(subject, requests)
+    report(wrong)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_large_zero(serve_here: Serve, form: str) -> None:
     """Zeros larger than a piece: the flag on every piece, or one flush at the end."""
     request = Request(
@@ -263,7 +283,7 @@ def fails_halfway(driver: Driver, subject: Subject, count: int) -> list[str]:
     mood = Mood.NO_ZERO | Mood.LATER_FAILS
     request = Request("zero", fua=True, mood=mood, count=count)
     client = driver.connect(subject)
-    number = driver.send(client, request)
+    [number] = driver.send(client, request)
     client.shutdown()
     offer = terms(subject)
     assert not isinstance(offer, Refused)
