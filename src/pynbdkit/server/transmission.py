@@ -81,7 +81,7 @@ GATHER: Final = 1 << 20
 BUDGET: Final = 32 << 20
 """Bytes of payload in flight per connection, when requests are dispatched (one may be larger)."""
 IOV_MAX: Final = min(os.sysconf("SC_IOV_MAX"), 1024)
-SLOW_CALL: Final = 200e-6
+SLOW_CALL: Final = 60e-6
 """Seconds per call over which calls that declare nothing are suspected to wait."""
 QUICK_CALL: Final = 50e-6
 """Seconds per call under which dispatching stops paying."""
