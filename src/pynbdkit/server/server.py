@@ -60,7 +60,7 @@ class Server:
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._thread: threading.Thread | None = None
 
-    # -- starting and stopping ---------------------------------------------------------------------
+    # -- starting and stopping -------------------------------------------------------------------
 
     def start(self) -> None:
         """Accept connections in a thread of its own; returns at once."""
@@ -129,7 +129,7 @@ class Server:
         os.close(read)
         os.close(write)
 
-    # -- accepting -----------------------------------------------------------------------------------
+    # -- accepting -------------------------------------------------------------------------------
 
     def _accept_all(self) -> None:
         poll = select.poll()

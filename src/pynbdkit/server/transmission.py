@@ -66,7 +66,7 @@ from ..session import set_current
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from typing import Any, Final
 
@@ -149,9 +149,9 @@ class Transmission:
         self._ready: list[Any] = []
         self._send_lock = threading.Lock()
         self._turn = threading.Lock()  # held by the reader while it receives and parses
-        self._batch: deque[Request] = deque()  # what the reader still has to run
+        self._batch: deque[Request | None] = deque()  # what the reader still has to run
+        self._serial = 0  # counts the batches
         self._epoch = 0  # grows when a reader is left behind
-        self._calls = 0  # requests begun by the reader, for the watch to see progress
         self._busy = False  # the reader is running a batch
         self._probing = 0  # batches to measure the processor time of, after a slow one
         self._why: str | None = None  # set when the transmission is over
@@ -188,56 +188,69 @@ class Transmission:
         except OSError:
             pass  # the client was quicker
 
+    def _receive(self) -> list[Request]:
+        """The next requests: at least one. Raises Disconnect at the end, OSError."""
+        parser = self._parser
+        while True:
+            if self._first:
+                self._first = False
+            else:
+                if parser.broken:
+                    raise Disconnect(parser.broken)
+                if self._stopping:
+                    raise Disconnect("")
+                count = self._sock.recv_into(parser.space())
+                if not count:
+                    partial = parser.partial
+                    raise Disconnect("client has gone within a request" if partial else "")
+                parser.received(count)
+            requests = parser.requests()
+            if requests:
+                return requests
+
     def _read(self, epoch: int) -> None:
         """Be the reader until the connection ends or another thread has taken over."""
-        sock = self._sock
-        parser = self._parser
         try:
-            while True:
-                with self._turn:
-                    if self._epoch != epoch or self._why is not None:
-                        return
-                    if self._first:
-                        self._first = False
-                    else:
-                        if parser.broken:
-                            raise Disconnect(parser.broken)
-                        if self._stopping:
-                            raise Disconnect("")
-                        count = sock.recv_into(parser.space())
-                        if not count:
-                            raise Disconnect(
-                                "client has gone in the middle of a request"
-                                if parser.partial
-                                else ""
-                            )
-                        parser.received(count)
-                    requests = parser.requests()
-                    if not requests:
-                        continue
-                    if self._dispatching:
-                        assert self._crew is not None
-                        self._crew.dispatch(requests)
-                        continue
-                    batch = self._batch = deque(requests)
-                    del requests
-                while True:
-                    if self._measured:
-                        self._run_measured(batch)
-                    elif self._lock is not None:
-                        with self._lock:
-                            self._run_batch(batch)
-                    else:
-                        self._run_batch(batch)
-                    self._send()
-                    if not batch:
-                        break
+            if self._crew is None:
+                self._read_alone()
+            else:
+                self._read_with(self._crew, epoch)
         except Disconnect as end:
             self._finish(str(end))
         except OSError as error:
             self._end(error.strerror or str(error))
         except MemoryError:
             self._end("out of memory")
+
+    def _read_alone(self) -> None:
+        lock = self._lock
+        while True:
+            batch = iter(self._receive())
+            more = True
+            while more:
+                if lock is None:
+                    more = self._run_batch(batch)
+                else:
+                    with lock:
+                        more = self._run_batch(batch)
+                self._send()
+
+    def _read_with(self, crew: Crew, epoch: int) -> None:
+        while True:
+            with self._turn:
+                if self._epoch != epoch or self._why is not None:
+                    return
+                requests: list[Request | None] = [*self._receive()]
+                if self._dispatching:
+                    crew.dispatch(requests)
+                    continue
+                requests.append(None)
+                batch = self._batch = deque(requests)
+                self._serial += 1
+            more = True
+            while more:
+                more = self._run_measured(batch)
+                self._send()
 
     def _finish(self, why: str) -> None:
         """End after sending what is ready."""
@@ -254,20 +267,23 @@ class Transmission:
         if self._crew is not None:
             self._crew.close()
 
-    def _run_measured(self, batch: deque[Request]) -> None:
-        """Run a batch, and find out whether its calls wait."""
-        calls = self._calls
+    def _run_measured(self, batch: deque[Request | None]) -> bool:
+        """Run a batch, and find out whether its calls wait; as `_run_batch`."""
+        before = len(batch)
         probing = self._probing
         cpu = thread_time() if probing else 0.0
         if self._watch.asleep:
             self._watch.wake()
         self._busy = True
         wall = perf_counter()
-        self._run_batch(batch)
+        try:
+            more = self._run_batch(iter(batch.popleft, None))
+        except IndexError:
+            more = False  # another thread has taken over what was left, and the None at the end
         wall = perf_counter() - wall
         self._busy = False
-        calls = self._calls - calls
-        if wall > SLOW_CALL * calls and calls:
+        calls = before - len(batch)
+        if wall > SLOW_CALL * calls:
             # Slow by waiting: then threads help; or by computing: then they are no use.
             if probing and thread_time() - cpu < wall / 2:
                 log.debug(f"calls take {wall / calls * 1e6:.0f} us: using threads")
@@ -275,13 +291,14 @@ class Transmission:
             self._probing = 8
         elif probing:
             self._probing = probing - 1
+        return more
 
-    def _run_batch(self, batch: deque[Request]) -> None:
-        """Run requests in order; replies go to `_ready`. Returns early when they are many bytes.
+    def _run_batch(self, batch: Iterator[Request]) -> bool:
+        """Run requests in order; replies go to `_ready`.
 
-        The two common requests are done here; `_run` knows all the others, and all that is odd.
+        Returns True, before the batch's end, when they are many bytes: send, and call again. The
+        two common requests are done here; `_run` knows all the others, and all that is odd.
         """
-        next_request = batch.popleft
         ready = self._ready
         size = self._size
         pread = self._layer.unchecked_pread
@@ -290,12 +307,7 @@ class Transmission:
         pack_simple = SIMPLE.pack
         structured = self._structured
         gathered = 0
-        while batch:
-            try:
-                flags, kind, cookie, offset, count, payload = next_request()
-            except IndexError:
-                return  # another thread has taken over
-            self._calls += 1
+        for flags, kind, cookie, offset, count, payload in batch:
             if kind == 0 and not flags and 0 < count <= MAX_PAYLOAD and offset + count <= size:
                 try:
                     data = pread(count, offset, 0)
@@ -320,7 +332,7 @@ class Transmission:
                     )
                 gathered += count
                 if gathered >= GATHER:
-                    return
+                    return True
             elif (
                 kind == 1
                 and payload is not None
@@ -338,7 +350,8 @@ class Transmission:
             else:
                 gathered += self._run(flags, kind, cookie, offset, count, payload)
                 if gathered >= GATHER:
-                    return
+                    return True
+        return False
 
     # -- one request, whatever it is -------------------------------------------------------------
 
@@ -474,7 +487,7 @@ class Transmission:
         else:
             self._ready.append(SIMPLE.pack(SIMPLE_REPLY_MAGIC, error, cookie))
 
-    # -- sending -----------------------------------------------------------------------------------
+    # -- sending ---------------------------------------------------------------------------------
 
     def _send(self) -> None:
         """Send every reply that is ready. Raises OSError when the client is gone."""
@@ -520,12 +533,12 @@ class Transmission:
         except OSError:
             pass  # the client was quicker
 
-    # -- being left behind ---------------------------------------------------------------------------
+    # -- being left behind -----------------------------------------------------------------------
 
     def take_over(self) -> None:
         """The reader's call takes long: another thread goes on (called by the Watch)."""
         crew = self._crew
-        if crew is None or not (self._batch or _readable(self._sock)):
+        if crew is None or not (len(self._batch) > 1 or _readable(self._sock)):
             return
         self._epoch += 1
         self._busy = False
@@ -533,8 +546,8 @@ class Transmission:
         epoch, batch = self._epoch, self._batch
         crew.start(lambda: self._go_on(epoch, batch))
 
-    def _go_on(self, epoch: int, batch: deque[Request]) -> None:
-        requests = []
+    def _go_on(self, epoch: int, batch: deque[Request | None]) -> None:
+        requests: list[Request | None] = []
         try:
             while True:
                 requests.append(batch.popleft())
@@ -554,19 +567,15 @@ class Transmission:
             return
         self._read(epoch)
 
-    def is_stuck(self, calls: int) -> bool:
-        """Whether the reader is in the same call as when it had begun `calls` requests."""
-        return self._busy and self._calls == calls
-
     @property
     def busy(self) -> bool:
         """Whether the reader is running requests."""
         return self._busy
 
     @property
-    def calls(self) -> int:
-        """How many requests the reader has begun."""
-        return self._calls
+    def progress(self) -> tuple[int, int]:
+        """Changes whenever the reader begins a request."""
+        return self._serial, len(self._batch)
 
 
 class Crew:
@@ -588,10 +597,15 @@ class Crew:
         self._quick = 0
         self._seconds = 0.0
 
-    def dispatch(self, requests: list[Request]) -> None:
-        """Queue requests, waiting while too much is in flight. Raises Disconnect for DISC."""
+    def dispatch(self, requests: list[Request | None]) -> None:
+        """Queue requests, waiting while too much is in flight. Raises Disconnect for DISC.
+
+        None marks the end of a batch that another reader has left behind, and is passed over.
+        """
         transmission = self._transmission
         for request in requests:
+            if request is None:
+                continue
             flags, kind, cookie, offset, count, payload = request
             if kind == CMD_DISC:
                 raise Disconnect("")

@@ -26,7 +26,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._seen: dict[Transmission, int] = {}
+        self._seen: dict[Transmission, tuple[int, int]] = {}
         self._wakeup = threading.Event()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -36,7 +36,7 @@ class Watch:
     def add(self, transmission: Transmission) -> None:
         """Look at this connection too."""
         with self._lock:
-            self._seen[transmission] = -1
+            self._seen[transmission] = (-1, 0)
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
                 self._thread.start()
@@ -79,12 +79,13 @@ class Watch:
             quiet += 1
             with self._lock:
                 seen = list(self._seen.items())
-            for transmission, calls in seen:
-                if transmission.is_stuck(calls):
-                    quiet = 0
-                    transmission.take_over()
-                elif transmission.calls != calls:
+            for transmission, before in seen:
+                now = transmission.progress
+                if now != before:
                     quiet = 0
                     with self._lock:
                         if transmission in self._seen:
-                            self._seen[transmission] = transmission.calls
+                            self._seen[transmission] = now
+                elif transmission.busy:
+                    quiet = 0
+                    transmission.take_over()
