@@ -47,6 +47,29 @@ def _zero_bytes(count: int) -> memoryview:
     return _zeros[0][:count]
 
 
+def write_zeros(
+    pwrite: _Write,
+    flush: Callable[[int], None] | None,
+    count: int,
+    offset: int,
+    fua: int,
+    each_piece: bool,
+) -> None:
+    """Zero a range with pwrite, in pieces of at most ZERO_PIECE bytes.
+
+    Where `fua` (Flag.FUA or 0) is set, each piece carries it (`each_piece`: FUA is native), or
+    one flush at the end keeps it (FUA is emulated). Raises what `pwrite` and `flush` raise.
+    """
+    each = fua if each_piece else 0
+    while count > 0:
+        piece = min(count, ZERO_PIECE)
+        pwrite(_zero_bytes(piece), offset, each)
+        offset += piece
+        count -= piece
+    if fua and not each and flush is not None:
+        flush(0)
+
+
 def exactly(data: Buffer, count: int) -> Buffer:
     """What a pread returned as a contiguous buffer of exactly `count` bytes.
 
@@ -123,7 +146,7 @@ class Layer:
         self.next = next
         self._answers: dict[str, Any] = {}
 
-    # -- what the device has -------------------------------------------------------------------
+    # -- what the device has ---------------------------------------------------------------------
 
     def own(self, name: str) -> Callable[..., Any] | None:
         """The device's own method of this name; None where it does not override it."""
@@ -153,7 +176,7 @@ class Layer:
     def _has(self, *names: str) -> Callable[[], bool]:
         return lambda: any(self.own(name) is not None for name in names)
 
-    # -- questions -----------------------------------------------------------------------------
+    # -- questions -------------------------------------------------------------------------------
 
     def get_size(self) -> int:
         """Size in bytes."""
@@ -541,22 +564,19 @@ class _WriteBinder:
 
     def _zero(self, mode: int, pwrite_mode: int, pwrite: _Write) -> _Range:
         plain, form, flush = self.zero, self.zero_fua, self.flush
-        untouched = form is None and self.layer.next and self.layer.own("zero") is None
+        own, below = self.layer.own, self.layer.next
+        untouched = form is None and below is not None and own("zero") is None
         if plain is not None and untouched and (mode == Fua.NATIVE or not self.offered):
             return plain  # the layer below fills its own gaps
+
+        each_piece = pwrite_mode == Fua.NATIVE
+        if below is not None and own("can_fua") is None:
+            each_piece = below.can_fua() == Fua.NATIVE  # else each piece would be flushed
 
         def by_pwrite(count: int, offset: int, flags: int) -> None:
             if flags & Flag.FAST_ZERO:
                 raise OSError(errno.EOPNOTSUPP, "zero would be no faster than writing")
-            fua = flags & 2
-            each = fua if pwrite_mode == Fua.NATIVE else 0
-            while count > 0:
-                piece = min(count, ZERO_PIECE)
-                pwrite(_zero_bytes(piece), offset, each)
-                offset += piece
-                count -= piece
-            if fua and not each and flush is not None:
-                flush(0)
+            write_zeros(pwrite, flush, count, offset, flags & 2, each_piece)
 
         native: _Range
         if form is not None:
