@@ -39,7 +39,7 @@ def load_filter(name: str) -> Filter:
 
     if is_path(name):
         module = _module_from_file(name)
-        kind = _class_in(module, Filter)
+        kind = _class_in(module, Filter, name)
         if kind is None:
             raise LoadError(f"{name}: defines no subclass of pynbdkit.Filter")
         found = kind()
@@ -75,7 +75,7 @@ def _find(kind: str, name: str, base: type) -> object:
     if not name.startswith("_") and name.replace("-", "").isidentifier() and os.path.exists(file):
         from importlib import import_module
 
-        found = _class_in(import_module(module_name), base)
+        found = _class_in(import_module(module_name), base, module_name)
         if found is None:
             raise LoadError(f"{module_name} has no public subclass of {base.__name__}")
     else:
@@ -104,7 +104,7 @@ def _entry_point(kind: str, name: str, base: type) -> type | None:
     return None
 
 
-def _class_in(module: ModuleType, base: type) -> type | None:
+def _class_in(module: ModuleType, base: type, where: str) -> type | None:
     found = [
         value
         for value in vars(module).values()
@@ -118,16 +118,15 @@ def _class_in(module: ModuleType, base: type) -> type | None:
         c for c in found if not any(other is not c and issubclass(other, c) for other in found)
     ]
     if len(leaves) > 1:
+        names = ", ".join(leaf.__name__ for leaf in leaves)
         raise LoadError(
-            f"{module.__name__}: more than one {base.__name__}"
-            f" ({', '.join(c.__name__ for c in leaves)}); keep one, or begin the others' names with _"
+            f"{where}: more than one {base.__name__} ({names});"
+            " keep one, or begin the others' names with _"
         )
     return leaves[0] if leaves else None
 
 
 def _plugin_from_file(path: str) -> Plugin:
-    from .plugin import Plugin
-
     try:
         with open(path, "rb") as stream:
             head = stream.read(256)
@@ -141,10 +140,16 @@ def _plugin_from_file(path: str) -> Plugin:
             f"cannot open plugin '{path}': not a Python file"
             " (its name ends in .py, or its first line is '#!/usr/bin/env -S pynbdkit python')"
         )
+    return plugin_from_python_file(path)
+
+
+def plugin_from_python_file(path: str) -> Plugin:
+    """The native plugin or script in a file, whatever its name. Raises LoadError in one line."""
     from .adapters.script import ScriptPlugin, load_module
+    from .plugin import Plugin
 
     module = load_module(path)
-    kind = _class_in(module, Plugin)
+    kind = _class_in(module, Plugin, path)
     if kind is not None:
         found = kind()
         found.name = found.name or _stem(path)

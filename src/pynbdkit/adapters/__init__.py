@@ -1,0 +1,1 @@
+"""Plugin contracts of others, made Plugins of ours."""
