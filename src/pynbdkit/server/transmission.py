@@ -62,7 +62,7 @@ from ..protocol.replies import (
     encode_status,
 )
 from ..protocol.requests import RequestParser
-from ..session import set_current
+from .crew import Crew, Disconnect
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -78,18 +78,12 @@ if TYPE_CHECKING:
 
 GATHER: Final = 1 << 20
 """Replies of a batch are sent when they have this many bytes."""
-BUDGET: Final = 32 << 20
-"""Bytes of payload in flight per connection, when requests are dispatched (one may be larger)."""
 IOV_MAX: Final = min(os.sysconf("SC_IOV_MAX"), 1024)
 SLOW_CALL: Final = 60e-6
 """Seconds per call over which calls that declare nothing are suspected to wait."""
-QUICK_CALL: Final = 50e-6
-"""Seconds per call under which dispatching stops paying."""
 HOLE_PAYS: Final = 32 << 10
 """Reads of at least this many bytes are looked at for zeros, to be sent as a hole."""
 
-SMALL_REPLY: Final = 16 << 10
-"""A worker may leave replies up to this many bytes to the thread that is sending."""
 
 _NAMES: Final = {
     CMD_READ: "pread",
@@ -101,10 +95,6 @@ _NAMES: Final = {
     CMD_BLOCK_STATUS: "extents",
 }
 _zeros: list[bytes] = [b""]
-
-
-class Disconnect(Exception):
-    """The client has gone, or asked to end (its text: why; "" where it did as it should)."""
 
 
 class Transmission:
@@ -163,7 +153,7 @@ class Transmission:
         self._dispatching = parallel and may_block is True
         self._crew: Crew | None = None
         if parallel and may_block is not False:
-            self._crew = Crew(self, threads)
+            self._crew = Crew(self, session, name, threads)
 
     # -- the reader ------------------------------------------------------------------------------
 
@@ -218,9 +208,9 @@ class Transmission:
         except Disconnect as end:
             self._finish(str(end))
         except OSError as error:
-            self._end(error.strerror or str(error))
+            self.end(error.strerror or str(error))
         except MemoryError:
-            self._end("out of memory")
+            self.end("out of memory")
 
     def _read_alone(self) -> None:
         lock = self._lock
@@ -233,7 +223,7 @@ class Transmission:
                 else:
                     with lock:
                         more = self._run_batch(batch)
-                self._send()
+                self.send()
 
     def _read_with(self, crew: Crew, epoch: int) -> None:
         while True:
@@ -250,17 +240,18 @@ class Transmission:
             more = True
             while more:
                 more = self._run_measured(batch)
-                self._send()
+                self.send()
 
     def _finish(self, why: str) -> None:
         """End after sending what is ready."""
         try:
-            self._send()
+            self.send()
         except OSError:
             pass  # nobody waits for it any more
-        self._end(why)
+        self.end(why)
 
-    def _end(self, why: str) -> None:
+    def end(self, why: str) -> None:
+        """The transmission is over (from any thread); the first reason counts."""
         self._busy = False
         if self._why is None:
             self._why = why
@@ -297,7 +288,7 @@ class Transmission:
         """Run requests in order; replies go to `_ready`.
 
         Returns True, before the batch's end, when they are many bytes: send, and call again. The
-        two common requests are done here; `_run` knows all the others, and all that is odd.
+        two common requests are done here; `run_request` knows all the others, and all that is odd.
         """
         ready = self._ready
         size = self._size
@@ -348,14 +339,14 @@ class Transmission:
                     continue
                 ready.append(pack_simple(SIMPLE_REPLY_MAGIC, 0, cookie))
             else:
-                gathered += self._run(flags, kind, cookie, offset, count, payload)
+                gathered += self.run_request(flags, kind, cookie, offset, count, payload)
                 if gathered >= GATHER:
                     return True
         return False
 
     # -- one request, whatever it is -------------------------------------------------------------
 
-    def _run(
+    def run_request(
         self,
         flags: int,
         kind: int,
@@ -489,7 +480,7 @@ class Transmission:
 
     # -- sending ---------------------------------------------------------------------------------
 
-    def _send(self) -> None:
+    def send(self) -> None:
         """Send every reply that is ready. Raises OSError when the client is gone."""
         ready = self._ready
         lock = self._send_lock
@@ -502,8 +493,8 @@ class Transmission:
             finally:
                 lock.release()
 
-    def _send_ready(self) -> None:
-        """As `_send`, but leaves it to the thread that is sending already, if there is one."""
+    def send_ready(self) -> None:
+        """As `send`, but leaves it to the thread that is sending already, if there is one."""
         ready = self._ready
         lock = self._send_lock
         while ready and lock.acquire(blocking=False):
@@ -554,7 +545,7 @@ class Transmission:
         except IndexError:
             pass
         try:
-            self._send()
+            self.send()
             with self._turn:
                 self._parser.detach()  # the call that is left behind may still use its payload
                 if requests and self._crew is not None:
@@ -563,9 +554,19 @@ class Transmission:
             self._finish(str(end))
             return
         except OSError as error:
-            self._end(error.strerror or str(error))
+            self.end(error.strerror or str(error))
             return
         self._read(epoch)
+
+    def calls_are_quick(self) -> None:
+        """What was dispatched did not wait: run it where it is read, unless a layer declares."""
+        if self._measured:
+            self._dispatching = False
+
+    @property
+    def pieces_ready(self) -> int:
+        """How many headers and payloads wait to be sent."""
+        return len(self._ready)
 
     @property
     def busy(self) -> bool:
@@ -576,117 +577,6 @@ class Transmission:
     def progress(self) -> tuple[int, int]:
         """Changes whenever the reader begins a request."""
         return self._serial, len(self._batch)
-
-
-class Crew:
-    """A connection's worker threads: started when there is work, at most `limit` of them."""
-
-    def __init__(self, transmission: Transmission, limit: int) -> None:
-        from queue import SimpleQueue
-
-        self._transmission = transmission
-        self._limit = limit
-        self._queue: Any = SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self._lock = threading.Condition(threading.Lock())
-        self._workers = 0
-        self._idle = 0
-        self._bytes = 0
-        self._inflight = 0
-        self._closed = False
-        self._quick = 0
-        self._seconds = 0.0
-
-    def dispatch(self, requests: list[Request | None]) -> None:
-        """Queue requests, waiting while too much is in flight. Raises Disconnect for DISC.
-
-        None marks the end of a batch that another reader has left behind, and is passed over.
-        """
-        transmission = self._transmission
-        for request in requests:
-            if request is None:
-                continue
-            flags, kind, cookie, offset, count, payload = request
-            if kind == CMD_DISC:
-                raise Disconnect("")
-            weight = 0
-            if payload is not None:
-                weight = count
-                request = (flags, kind, cookie, offset, count, memoryview(bytes(payload)))
-            elif kind == CMD_READ and count <= MAX_PAYLOAD:
-                weight = count
-            with self._lock:
-                while self._inflight and (
-                    self._bytes + weight > BUDGET or self._inflight >= 4 * self._limit + 64
-                ):
-                    if transmission._why is not None:
-                        raise Disconnect(transmission._why)
-                    self._lock.wait(1.0)
-                self._bytes += weight
-                self._inflight += 1
-                wanted = self._inflight > self._workers and self._workers < self._limit
-                if wanted:
-                    self._workers += 1
-            self._queue.put((request, weight))
-            if wanted:
-                self.start(self._work)
-
-    def start(self, target: Callable[[], None]) -> None:
-        """Run `target` in a thread that works for this connection."""
-        thread = threading.Thread(target=self._in_thread, args=(target,), daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _in_thread(self, target: Callable[[], None]) -> None:
-        set_current(self._transmission._session)
-        log.set_name(self._transmission._name)
-        target()
-
-    def _work(self) -> None:
-        transmission = self._transmission
-        get = self._queue.get
-        while True:
-            item = get()
-            if item is None:
-                self._queue.put(None)
-                return
-            (flags, kind, cookie, offset, count, payload), weight = item
-            started = perf_counter()
-            try:
-                transmission._run(flags, kind, cookie, offset, count, payload)
-                seconds = perf_counter() - started
-                if weight > SMALL_REPLY or len(transmission._ready) > IOV_MAX // 2:
-                    transmission._send()  # waits when the client does not read: so do we
-                else:
-                    transmission._send_ready()
-            except (OSError, MemoryError) as error:
-                transmission._end(str(error))
-                transmission.hang_up()
-                seconds = 0.0
-            with self._lock:
-                self._bytes -= weight
-                self._inflight -= 1
-                self._seconds += seconds
-                self._quick += 1
-                if self._quick >= 256:
-                    if transmission._measured and self._seconds < QUICK_CALL * self._quick:
-                        transmission._dispatching = False
-                    self._quick, self._seconds = 0, 0.0
-                self._lock.notify()
-
-    def close(self) -> None:
-        """No more requests will come: workers end when the queue is empty."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._lock.notify_all()
-        self._queue.put(None)
-
-    def join(self) -> None:
-        """Wait until every thread has ended."""
-        while self._threads:
-            self._threads.pop().join()
 
 
 def _is_zero(data: bytes | bytearray, count: int) -> bool:
