@@ -66,7 +66,7 @@ from .crew import Crew, Disconnect
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from contextlib import AbstractContextManager
     from typing import Any, Final
 
