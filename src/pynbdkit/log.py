@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 import threading
 
+from .errors import PynbdkitError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,8 +104,9 @@ def exception(message: str, failure: BaseException) -> None:
     if place is None:
         return
     code = place.tb_frame.f_code
-    if isinstance(failure, OSError) and "pynbdkit" in code.co_filename and not verbose:
-        return  # raised by us on purpose: the line says it all
+    ours = isinstance(failure, OSError) and "pynbdkit" in code.co_filename
+    if (ours or isinstance(failure, PynbdkitError)) and not verbose:
+        return  # raised on purpose: the line says it all
     key = (type(failure), code.co_filename, place.tb_lineno)
     if key in _seen and not verbose:
         return
@@ -121,4 +124,6 @@ def describe(failure: BaseException) -> str:
         where = f": {failure.filename}" if failure.filename else ""
         return f"{failure.strerror}{where}"
     text = str(failure)
+    if isinstance(failure, PynbdkitError) and text:
+        return text
     return f"{type(failure).__name__}: {text}" if text else type(failure).__name__
