@@ -115,10 +115,11 @@ def test_large_calls_are_cut(nbdkit: Nbdkit, tmp_path: Path) -> None:
     assert counts["Trim"] == [hex(2**32 - 65536), hex(1024**3 + 65536)]
 
 
-def test_the_servers_maximum_is_kept(nbdkit: Nbdkit) -> None:
+def test_the_servers_maximum_is_kept(nbdkit: Nbdkit, tmp_path: Path) -> None:
+    log = tmp_path / "log"
     server = nbdkit(
-        "--filter=blocksize-policy",
-        *("memory", "1M", "blocksize-minimum=512", "blocksize-maximum=64K"),
+        *("--filter=log", "--filter=blocksize-policy", "memory", "1M", f"logfile={log}"),
+        *("blocksize-minimum=512", "blocksize-maximum=64K"),
         "blocksize-error-policy=error",
     )
     with connect(server.uri) as client:
@@ -126,9 +127,13 @@ def test_the_servers_maximum_is_kept(nbdkit: Nbdkit) -> None:
         client.write(b"x" * 262144, 0)
         assert client.read(262144, 0) == b"x" * 262144
         client.zero(262144, 0)
+        client.cache(262144, 0)
         with pytest.raises(OSError) as caught:
             client.read(1, 0)
         assert caught.value.errno == errno.EINVAL
+    lines = log.read_text().splitlines()
+    for word in ("Write", "Read", "Zero", "Cache"):
+        assert len([line for line in lines if f" {word} id" in line and "0x10000 " in line]) == 4
 
 
 def test_exports(nbdkit: Nbdkit, tmp_path: Path) -> None:
@@ -279,7 +284,7 @@ def test_a_reply_that_lies_closes_the_connection(
     client = connect(play(OLDSTYLE, tail))
     with pytest.raises(error):
         client.read(4096, 0)
-    with pytest.raises(ConnectionError, match="closed"):
+    with pytest.raises(ConnectionError, match="connection is closed"):
         client.read(4096, 0)
     client.close()
 
@@ -324,23 +329,72 @@ def hole(offset: int, length: int, done: bool = False) -> bytes:
 NONE = chunk(0, b"", True)
 
 
-@contextmanager
-def structured_client(replies: bytes) -> Iterator[Client]:
-    """A client in transmission with structured replies, and these replies on their way to it."""
-
+def settled(flags: int = 1) -> tuple[Client, socket.socket]:
+    """A client in transmission with structured replies, and the server's end of its connection."""
     handshake = ClientHandshake("")
-    info = struct.pack(">HQH", 0, 4096, 1)
+    info = struct.pack(">HQH", 0, 4096, flags)
     replied = [(8, 1, b""), (10, 4, b"\0\0\0\7base:allocation"), (10, 1, b""), (7, 3, info)]
     stream = b"NBDMAGICIHAVEOPT\0\3"
     for option, kind, body in [*replied, (7, 1, b"")]:
         stream += struct.pack(">QIII", 0x3E889045565A9, option, kind, len(body)) + body
     handshake.receive(stream)
     mine, its = socket.socketpair()
-    with its:
+    return Client(mine, handshake), its
+
+
+@contextmanager
+def structured_client(replies: bytes) -> Iterator[Client]:
+    """A client to whom these replies are on their way, and nothing after them."""
+    client, its = settled()
+    with its, client:
         its.sendall(replies)
         its.shutdown(socket.SHUT_WR)
-        with Client(mine, handshake) as client:
-            yield client
+        yield client
+
+
+def test_requests_on_the_wire() -> None:
+    client, its = settled(flags=0xFFFF)
+    requests: list[tuple[int, ...]] = []
+    magics = set()
+
+    def serve() -> None:
+        with its:
+            while header := its.recv(28, socket.MSG_WAITALL):
+                magic, flags, kind, cookie, offset, count = struct.unpack(">IHHQQI", header)
+                magics.add(magic)
+                requests.append((kind, flags, count, offset))
+                if kind == 2:
+                    break
+                if kind == 1:
+                    its.recv(count, socket.MSG_WAITALL)
+                last = status(7, (9, 0), done=True, cookie=cookie)
+                its.sendall(last if kind == 7 else simple(cookie=cookie))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with client:
+        client.write(b"x", 1)
+        client.write(b"xy", 2, fua=True)
+        client.trim(3, 4, fua=True)
+        client.zero(5, 6)
+        client.zero(7, 8, fua=True, no_hole=True, fast=True)
+        client.cache(9, 10)
+        client.flush()
+        client.block_status(11, 12, one=True)
+    thread.join(30)
+    write, disc, flush, trim, cache, zero, block_status = range(1, 8)
+    assert requests == [
+        (write, 0, 1, 1),
+        (write, 0b1, 2, 2),
+        (trim, 0b1, 3, 4),
+        (zero, 0, 5, 6),
+        (zero, 0b10011, 7, 8),
+        (cache, 0, 9, 10),
+        (flush, 0, 0, 0),
+        (block_status, 0b1000, 11, 12),
+        (disc, 0, 0, 0),
+    ]
+    assert magics == {0x25609513}
 
 
 @pytest.mark.parametrize(
@@ -366,6 +420,7 @@ def test_chunks_in_any_order(replies: bytes) -> None:
         data(0, b"a" * 512) + data(511, b"a") + NONE,
         data(0, b"a" * 512) + data(0, b"a" * 512, done=True),
         hole(0, 256) + data(255, b"a" * 257, done=True),
+        data(0, b"a" * 256) + data(255, b"a" * 256, done=True),
         hole(0, 100) + data(200, b"a" * 312, done=True),
         data(0, b"a" * 513, done=True),
         hole(0, 0) + data(0, b"a" * 512, done=True),
@@ -377,7 +432,7 @@ def test_chunks_that_do_not_fit(replies: bytes) -> None:
     with structured_client(replies) as client:
         with pytest.raises(ProtocolError):
             client.read(512, 0)
-        with pytest.raises(ConnectionError, match="closed"):
+        with pytest.raises(ConnectionError, match="connection is closed"):
             client.read(512, 0)
 
 
@@ -391,9 +446,9 @@ def test_an_error_chunk_fails_the_read_with_its_message() -> None:
         assert caught.value.errno == errno.EIO
 
 
-def status(context: int, *extents: tuple[int, int], done: bool = False) -> bytes:
+def status(context: int, *extents: tuple[int, int], done: bool = False, cookie: int = 1) -> bytes:
     body = struct.pack(">I", context) + b"".join(struct.pack(">II", *item) for item in extents)
-    return chunk(5, body, done)
+    return chunk(5, body, done, cookie)
 
 
 def test_block_status_may_reach_further() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,10 @@ import pytest
 
 from pynbdkit.cli import pynbd
 from pynbdkit.client import info
+from pynbdkit.protocol import constants as nbd
 from pynbdkit.protocol.errors import HandshakeError
+from pynbdkit.protocol.handshake_server import ExportInfo, ExportSource, ServerHandshake
+from pynbdkit.protocol.requests import encode_request
 from support import ServerProcess, run
 
 Nbdkit = Callable[..., ServerProcess]
@@ -101,10 +106,8 @@ def test_a_refusal_tells_what_could_be_had(many: ServerProcess, capsys: Capture)
 def test_a_long_listing_is_cut_in_the_message() -> None:
     refusal = HandshakeError(1, "no")
     listing = [(str(number), "") for number in range(7)]
-    assert (
-        str(info._with_listing(refusal, listing))
-        == "no; it lists '0', '1', '2', '3', '4' and 2 more"
-    )
+    text = str(info._with_listing(refusal, listing))
+    assert text == "no; it lists '0', '1', '2', '3', '4' and 2 more"
     assert str(info._with_listing(refusal, [])) == "no"
 
 
@@ -119,6 +122,66 @@ def test_no_control_characters_reach_the_terminal(nbdkit: Nbdkit, capsys: Captur
         out = capsys.readouterr().out
         assert "31mred" in out
         assert "\x1b" not in out
+
+
+def test_what_is_listed_and_cannot_be_opened_is_left_out(nbdkit: Nbdkit, capsys: Capture) -> None:
+    server = nbdkit(
+        *("eval", "get_size=echo 1M", "pread=exit 1"),
+        'open=test "$3" != bad',
+        "list_exports=printf 'INTERLEAVED\\nbad\\nabout bad\\ngood\\nabout good\\n'",
+    )
+    assert pynbd.main(["info", "--list", server.uri]) == 0
+    out = capsys.readouterr().out
+    assert out.count("export-size: ") == 1
+    assert "description: about good\n" in out  # In the listing alone.
+    assert out.endswith('also listed:\n\texport="bad": about bad\n')
+
+
+class Old(ServerHandshake):
+    """A server that has LIST, but neither INFO nor GO."""
+
+    _HANDLERS = {  # type: ignore[misc]
+        option: handler
+        for option, handler in ServerHandshake._HANDLERS.items()
+        if option not in (nbd.OPT_INFO, nbd.OPT_GO)
+    }
+
+
+class OldExports(ExportSource):
+    def list_exports(self) -> list[tuple[str, str]]:
+        return [("disk", ""), ("other", "about it")]
+
+    def open(self, name: str) -> ExportInfo:
+        return ExportInfo(name, 1536, nbd.FLAG_HAS_FLAGS | nbd.FLAG_READ_ONLY)
+
+
+def test_a_server_without_info_is_asked_by_export_name(sockdir: Path, capsys: Capture) -> None:
+    path = str(sockdir / "old.sock")
+    ends: list[tuple[str, str | None, bytes]] = []
+
+    def serve() -> None:
+        for _ in range(2):
+            connected, _address = listener.accept()
+            with connected:
+                handshake = Old(OldExports())
+                connected.sendall(handshake.greeting())
+                while handshake.state in ("CLIENT_FLAGS", "OPTIONS"):
+                    connected.sendall(handshake.receive(connected.recv(4096)))
+                ends.append((handshake.state, handshake.error, connected.recv(4096)))
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert pynbd.main(["info", f"nbd+unix:///disk?socket={path}"]) == 0
+        thread.join(30)
+    out = capsys.readouterr().out
+    assert "export-size: 1536\n" in out
+    assert "is_read_only: true\n" in out
+    assert "\t\tbase:allocation\n" in out
+    assert out.endswith('also listed:\n\texport="other": about it\n')
+    assert ends == [("CLOSED", None, b""), ("TRANSMISSION", None, encode_request(2, 1))]
 
 
 def test_server_without_list(nbdkit: Nbdkit, capsys: Capture) -> None:
