@@ -52,7 +52,8 @@ def test_no_number_stands_for_two_things(family: str) -> None:
         ("CMD_", 2, "NBD_CMD_DISC"),
         ("REPLY_TYPE_", 2**15 + 2, "NBD_REPLY_TYPE_ERROR_OFFSET"),
         ("NBD_E", 28, "NBD_ENOSPC"),
-        ("OPT_", 99, "unknown (99)"),
+        ("OPT_", 99, "NBD_OPT 99"),
+        ("NBD_E", 99, "NBD_E 99"),
     ],
 )
 def test_name_of(prefix: str, number: int, name: str) -> None:

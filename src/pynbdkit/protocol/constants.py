@@ -158,9 +158,10 @@ def name_of(prefix: str, value: int) -> str:
 
     ``prefix`` is a family as spelled in this module (``"OPT_"``, ``"REP_"``, ``"INFO_"``,
     ``"CMD_"``, ``"REPLY_TYPE_"``, ``"NBD_E"``). A value that the specification does not have is
-    returned as ``"unknown (VALUE)"``. Not for the hot path: it looks through the whole module.
+    returned as ``"NBD_OPT 99"``. Not for the hot path: it looks through the whole module.
     """
+    family = "NBD_" + prefix.removeprefix("NBD_").rstrip("_")
     for name, number in globals().items():
         if number == value and name.startswith(prefix) and "FLAG" not in name:
             return name if name.startswith("NBD_") else f"NBD_{name}"
-    return f"unknown ({value})"
+    return f"{family} {value}"

@@ -293,7 +293,7 @@ class ServerHandshake:
             message = f"{name}: the client did not agree to fixed newstyle"
             return HandshakeError(REP_ERR_INVALID, message)
         if option not in self._HANDLERS:
-            return HandshakeError(REP_ERR_UNSUP, f"option {option} is not supported")
+            return HandshakeError(REP_ERR_UNSUP, f"{name} is not supported")
         if option in (OPT_LIST, OPT_STRUCTURED_REPLY) and length:
             return HandshakeError(REP_ERR_INVALID, f"{name} takes no data, {length} bytes came")
         if length > MAX_OPTION_DATA:

@@ -1,0 +1,47 @@
+"""docs/protocol.md is whole: every number has its row, and every test that it names exists."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from pynbdkit.protocol import constants
+from support import ROOT
+
+PAGE = (ROOT / "docs" / "protocol.md").read_text()
+FILES = {
+    "handshake_server": "tests/protocol/test_handshake_server.py",
+    "handshake_client": "tests/protocol/test_handshake_client.py",
+    "connection": "tests/client/test_connection.py",
+    "info": "tests/client/test_info.py",
+    "own_server": "tests/client/test_own_server.py",
+    "hostile": "tests/server/test_hostile.py",
+    "fua_matrix": "tests/test_fua_matrix.py",
+}
+FAMILIES = ("FLAG_", "OPT_", "REP_", "INFO_", "STATE_", "CMD_", "REPLY_", "NBD_E")
+BITS_OF_OTHERS = {"REP_FLAG_ERROR", "REPLY_TYPE_FLAG_ERROR"}
+NAMED = sorted({tuple(name.split("::")) for name in re.findall(r"`(\w+::\w+)`", PAGE)})
+
+
+def test_every_number_has_a_row() -> None:
+    names = {name for name in vars(constants) if name.startswith(FAMILIES)} - BITS_OF_OTHERS
+    assert len(names) > 70
+    words = set(re.findall(r"\w+", PAGE))
+    assert sorted(names - words) == []
+
+
+@pytest.mark.parametrize("file", sorted({file for file, _ in NAMED}))
+def test_every_test_exists(file: str) -> None:
+    source = (ROOT / FILES[file]).read_text()
+    for named, test in NAMED:
+        assert named != file or f"def {test}(" in source, f"{FILES[file]} has no {test}"
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    from pynbdkit.protocol import handshake_client, handshake_server
+
+    assert f"{handshake_server.MAX_OPTION_DATA:,} bytes" in PAGE
+    assert f"| {handshake_server.MAX_OPTIONS} |" in PAGE
+    assert f"{handshake_server.MAX_REPLY_BATCH // 1024} KiB and" in PAGE
+    assert f"| {handshake_client.MAX_REPLIES:,} |" in PAGE
