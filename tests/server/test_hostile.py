@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import pynbdkit
 from raw import CACHE, DISC, FLUSH, READ, STATUS, TRIM, WRITE, ZEROES, Raw
 from support import ServerProcess
 
@@ -300,3 +302,17 @@ def test_out_of_descriptors_is_survived(serve: Callable[..., ServerProcess]) -> 
         client.ask(READ, 7, 0, 512)
         assert client.simple(512) == (7, 0, bytes(512))
     assert "Too many open files" in process.log()
+
+
+def test_a_long_answer_in_the_handshake_arrives_whole(tmp_path: Path) -> None:
+    class Many(pynbdkit.Plugin):
+        def list_exports(self, readonly: bool, is_tls: bool) -> list[str]:
+            return [f"export-{number:04}" for number in range(1000)]
+
+    with pynbdkit.serve(Many()) as server, Raw(str(server.socket), go=False) as client:
+        client.receive(18)
+        client.send(b"\0\0\0\3" + (b"IHAVEOPT" + bytes.fromhex("0000000300000000")) * 50)
+        for _ in range(50):
+            for number in range(1000):
+                assert client.reply()[2][4:] == b"export-%04d" % number
+            assert client.reply()[1] == 1

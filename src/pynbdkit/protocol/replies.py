@@ -175,7 +175,7 @@ class ReplyParser:
             return None
         _, error, cookie = SIMPLE.unpack_from(self._buffer, at)
         kind, offset, count = self._request_of(cookie)
-        if self._structured and kind in (CMD_READ, CMD_BLOCK_STATUS):
+        if self._structured and (kind == CMD_READ or (kind == CMD_BLOCK_STATUS and not error)):
             raise ProtocolError("simple reply to a read or block status, not a structured one")
         at += SIMPLE.size
         data = b""

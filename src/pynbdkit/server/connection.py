@@ -228,8 +228,9 @@ class Connection:
                     log.debug("client has gone during the handshake")
                     return None
                 reply = handshake.receive(memoryview(buffer)[:count])
-                if reply:
+                while reply:  # a long answer comes in pieces
                     _send_all(sock, reply)
+                    reply = handshake.receive(b"")
         except OSError as error:
             log.debug(f"handshake: {error.strerror}")
             return None
