@@ -1,7 +1,8 @@
 """Chain: one plugin and the filters in front of it, through their whole life.
 
 The filters stand in the order of the command line, the first one outermost: it sees each request,
-and each key=value, first (nbdkit-filter(3)). `open` makes the stack of `Layer`s for a connection.
+and each key=value, first. What makes a layer ready begins with the plugin, so that a filter finds
+all below it ready (nbdkit-filter(3)). `open` makes the stack of `Layer`s for a connection.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Chain:
         """The plugin's name, for messages."""
         return self.plugin.name or type(self.plugin).__name__
 
-    # -- configuration -----------------------------------------------------------------------
+    # -- configuration ---------------------------------------------------------------------------
 
     def load(self) -> None:
         """Call each layer's `load`, the plugin first."""
@@ -71,16 +72,16 @@ class Chain:
         return min(layer.thread_model for layer in self.layers)
 
     def get_ready(self) -> None:
-        """Call `get_ready`, outermost first, before the server forks."""
+        """Call `get_ready`, the plugin first, before the server forks."""
         model = self.thread_model()
         for filter in self.filters:
             filter.chain_thread_model = model
-        for layer in self.layers:
+        for layer in reversed(self.layers):
             layer.get_ready()
 
     def after_fork(self) -> None:
-        """Call `after_fork`, outermost first, in the process that serves."""
-        for layer in self.layers:
+        """Call `after_fork`, the plugin first, in the process that serves."""
+        for layer in reversed(self.layers):
             layer.after_fork()
 
     def cleanup(self) -> list[Exception]:
@@ -88,11 +89,11 @@ class Chain:
         return _all(layer.cleanup for layer in self.layers)
 
     def unload(self) -> list[Exception]:
-        """Call `unload` for what was loaded, outermost first; returns what was raised."""
+        """Call `unload` for what was loaded, the plugin first; returns what was raised."""
         loaded, self._loaded = self._loaded, []
-        return _all(layer.unload for layer in reversed(loaded))
+        return _all(layer.unload for layer in loaded)
 
-    # -- connections ---------------------------------------------------------------------------
+    # -- connections -----------------------------------------------------------------------------
 
     def preconnect(self, readonly: bool) -> None:
         """Ask each layer, outermost first, whether it wants this client."""

@@ -403,9 +403,10 @@ class Layer:
             self.pwrite = self.trim = self.zero = _read_only
             self._answers["can_fua"] = Fua.NONE
             return
+        # Asked even where this layer has its own answer: what is below must be sound at open.
+        below = self.next.can_fua() if self.next is not None else Fua.NONE
         if self.next is not None and self.own("can_fua") is None:
             # A flag is handed down as it is: the layer below keeps it, by whatever means.
-            below = self.next.can_fua()
             binder = _WriteBinder(self, Fua.NATIVE if below else Fua.NONE, carries=True)
             self.pwrite, self.trim, self.zero = binder.bind()
             self._answers["can_fua"] = below
