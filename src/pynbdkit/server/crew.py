@@ -54,6 +54,7 @@ class Crew:
         self._threads: list[threading.Thread] = []
         self._lock = threading.Condition(threading.Lock())
         self._workers = 0
+        self._left_behind = 0  # threads that were readers, in calls that take long
         self._bytes = 0
         self._inflight = 0
         self._closed = False
@@ -86,18 +87,42 @@ class Crew:
                     self._lock.wait(1.0)
                 self._bytes += weight
                 self._inflight += 1
-                wanted = self._inflight > self._workers and self._workers < self._limit
+                threads = self._workers + self._left_behind
+                wanted = self._inflight > self._workers and threads < self._limit
                 if wanted:
                     self._workers += 1
             self._queue.put((request, weight))
-            if wanted:
-                self.start(self._work)
+            if wanted and not self._start(self._work):
+                with self._lock:
+                    self._workers -= 1
+                    if not self._workers:
+                        raise Disconnect("no thread can be started")
 
-    def start(self, target: Callable[[], None]) -> None:
-        """Run `target` in a thread that works for this connection."""
+    def leave_behind(self, target: Callable[[], None]) -> bool:
+        """The reader stays in its call, `target` goes on in a new thread; False: it cannot."""
+        if not self._start(target):
+            return False
+        with self._lock:
+            self._left_behind += 1
+        return True
+
+    def came_back(self) -> None:
+        """A call that was left behind has ended."""
+        with self._lock:
+            self._left_behind -= 1
+
+    def _start(self, target: Callable[[], None]) -> bool:
         thread = threading.Thread(target=self._in_thread, args=(target,), daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no more of them
+            log.error(f"a thread cannot be started: {error}")
+            return False
+        with self._lock:
+            if len(self._threads) > 2 * self._limit:
+                self._threads = [other for other in self._threads if other.is_alive()]
+            self._threads.append(thread)
+        return True
 
     def _in_thread(self, target: Callable[[], None]) -> None:
         set_current(self._session)
@@ -112,12 +137,14 @@ class Crew:
             if item is None:
                 self._queue.put(None)
                 return
+            if self._left_behind and self._retire(item):
+                return
             (flags, kind, cookie, offset, count, payload), weight = item
             started = perf_counter()
             try:
-                transmission.run_request(flags, kind, cookie, offset, count, payload)
+                size = transmission.run_request(flags, kind, cookie, offset, count, payload)
                 seconds = perf_counter() - started
-                if weight > SMALL_REPLY or transmission.pieces_ready > MANY_REPLIES:
+                if size > SMALL_REPLY or transmission.pieces_ready > MANY_REPLIES:
                     transmission.send()  # waits when the client does not read: so do we
                 else:
                     transmission.send_ready()
@@ -131,10 +158,19 @@ class Crew:
                 self._seconds += seconds
                 self._calls += 1
                 if self._calls >= SAMPLE:
-                    if self._seconds < QUICK_CALL * self._calls:
+                    if self._seconds < QUICK_CALL * self._calls and not self._left_behind:
                         transmission.calls_are_quick()
                     self._calls, self._seconds = 0, 0.0
                 self._lock.notify()
+
+    def _retire(self, item: object) -> bool:
+        """Hand `item` back and end: with the calls left behind we are more than the limit."""
+        with self._lock:
+            if self._closed or self._workers + self._left_behind <= self._limit:
+                return False
+            self._workers -= 1
+            self._queue.put(item)
+            return True
 
     def close(self) -> None:
         """No more requests will come: workers end when the queue is empty."""

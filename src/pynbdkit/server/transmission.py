@@ -163,9 +163,9 @@ class Transmission:
             self._watch.add(self)
         try:
             self._read(self._epoch)
+        finally:
             if self._crew is not None:
                 self._crew.join()
-        finally:
             if self._measured:
                 self._watch.remove(self)
         return self._why or ""
@@ -211,6 +211,9 @@ class Transmission:
             self.end(error.strerror or str(error))
         except MemoryError:
             self.end("out of memory")
+        except BaseException:  # a bug of ours: the crew must not wait for ever
+            self.end("")
+            raise
 
     def _read_alone(self) -> None:
         lock = self._lock
@@ -226,10 +229,10 @@ class Transmission:
                 self.send()
 
     def _read_with(self, crew: Crew, epoch: int) -> None:
-        while True:
+        while self._epoch == epoch and self._why is None:
             with self._turn:
                 if self._epoch != epoch or self._why is not None:
-                    return
+                    break
                 requests: list[Request | None] = [*self._receive()]
                 if self._dispatching:
                     crew.dispatch(requests)
@@ -241,6 +244,8 @@ class Transmission:
             while more:
                 more = self._run_measured(batch)
                 self.send()
+        if self._epoch != epoch:
+            crew.came_back()
 
     def _finish(self, why: str) -> None:
         """End after sending what is ready."""
@@ -263,18 +268,19 @@ class Transmission:
         before = len(batch)
         probing = self._probing
         cpu = thread_time() if probing else 0.0
+        self._busy = True  # first: the watch looks once more after it has said that it sleeps
         if self._watch.asleep:
             self._watch.wake()
-        self._busy = True
         wall = perf_counter()
         try:
             more = self._run_batch(iter(batch.popleft, None))
         except IndexError:
             more = False  # another thread has taken over what was left, and the None at the end
         wall = perf_counter() - wall
-        self._busy = False
+        if self._batch is batch:  # else another thread is the reader, and may be busy
+            self._busy = False
         calls = before - len(batch)
-        if wall > SLOW_CALL * calls:
+        if calls and wall > SLOW_CALL * calls:
             # Slow by waiting: then threads help; or by computing: then they are no use.
             if probing and thread_time() - cpu < wall / 2:
                 log.debug(f"calls take {wall / calls * 1e6:.0f} us: using threads")
@@ -304,11 +310,11 @@ class Transmission:
                     data = pread(count, offset, 0)
                     kind_of = type(data)
                     if kind_of is memoryview:
-                        if data.nbytes != count or not data.contiguous:
+                        if data.shape != (count,) or data.nbytes != count or not data.contiguous:
                             data = exactly(data, count)
                     elif (kind_of is not bytes and kind_of is not bytearray) or len(data) != count:
                         data = exactly(data, count)
-                except Exception as failure:
+                except BaseException as failure:  # a script may even call sys.exit()
                     self._fail(kind, cookie, offset, count, failure)
                     continue
                 if not structured:
@@ -334,7 +340,7 @@ class Transmission:
             ):
                 try:
                     pwrite(payload, offset, flags << 1)  # CMD_FLAG_FUA is 1, Flag.FUA is 2
-                except Exception as failure:
+                except BaseException as failure:  # a script may even call sys.exit()
                     self._fail(kind, cookie, offset, count, failure)
                     continue
                 ready.append(pack_simple(SIMPLE_REPLY_MAGIC, 0, cookie))
@@ -369,7 +375,7 @@ class Transmission:
             return 0
         try:
             return self._call(flags, kind, cookie, offset, count, payload)
-        except Exception as failure:
+        except BaseException as failure:
             self._fail(kind, cookie, offset, count, failure)
             return 0
 
@@ -462,7 +468,9 @@ class Transmission:
         self._ready.append(SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, cookie))
         return 0
 
-    def _fail(self, kind: int, cookie: int, offset: int, count: int, failure: Exception) -> None:
+    def _fail(
+        self, kind: int, cookie: int, offset: int, count: int, failure: BaseException
+    ) -> None:
         """A plugin's call failed: the client gets an errno, the log what happened."""
         error = nbd_errno(errno_of(failure))
         what = _NAMES.get(kind, "request")
@@ -528,14 +536,21 @@ class Transmission:
 
     def take_over(self) -> None:
         """The reader's call takes long: another thread goes on (called by the Watch)."""
-        crew = self._crew
-        if crew is None or not (len(self._batch) > 1 or _readable(self._sock)):
+        crew, batch, serial = self._crew, self._batch, self._serial
+        if crew is None or not (len(batch) > 1 or _readable(self._sock)):
             return
-        self._epoch += 1
-        self._busy = False
-        self._dispatching = True
-        epoch, batch = self._epoch, self._batch
-        crew.start(lambda: self._go_on(epoch, batch))
+        if not self._turn.acquire(blocking=False):
+            return  # its call has ended: it receives
+        try:
+            if not self._busy or self._serial != serial or self._why is not None:
+                return
+            epoch = self._epoch + 1
+            if crew.leave_behind(lambda: self._go_on(epoch, batch)):
+                self._epoch = epoch  # from here on, the reader is not the reader any more
+                self._busy = False
+                self._dispatching = True
+        finally:
+            self._turn.release()
 
     def _go_on(self, epoch: int, batch: deque[Request | None]) -> None:
         requests: list[Request | None] = []

@@ -71,7 +71,8 @@ class Watch:
             if quiet >= PATIENCE:
                 self._wakeup.clear()
                 self.asleep = True
-                if not self._anyone_busy():  # one may have begun before it could see us asleep
+                # One may have begun before it could see us asleep; `close` may have been quicker.
+                if not self._closed and not self._anyone_busy():
                     self._wakeup.wait()
                 self.asleep = False
                 quiet = 0
