@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pynbdkit import log
-from pynbdkit.adapters.script import ScriptPlugin, load_module
+from pynbdkit.adapters.script import load_module
 from pynbdkit.chain import Chain
 from pynbdkit.errors import ConfigError, LoadError, OpenError, PynbdkitError
 from pynbdkit.flags import ThreadModel
@@ -44,15 +44,6 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     def make(*parts: str, name: str = "disk.py") -> str:
         Path(name).write_text("\n".join(parts))
         return name
-
-    return make
-
-
-@pytest.fixture
-def load(write: Write) -> Callable[..., ScriptPlugin]:
-    def make(*parts: str) -> ScriptPlugin:
-        path = write(*parts)
-        return ScriptPlugin(path, load_module(path))
 
     return make
 

@@ -105,6 +105,18 @@ def peer_gid() -> int:
     return _credential(_connection().peer_gid)
 
 
+def peer_tls_dn() -> str:
+    """The name in the client's certificate; "" where it has shown none."""
+    _connection()
+    return ""  # there is no TLS yet
+
+
+def peer_tls_issuer_dn() -> str:
+    """The name of who signed the client's certificate; "" where it has shown none."""
+    _connection()
+    return ""
+
+
 def shutdown() -> None:
     """Ask the server to stop: it finishes what is running first."""
     _connection().shutdown()
