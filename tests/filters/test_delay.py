@@ -147,6 +147,11 @@ def test_who_waits(config: list[str], expected: list[Any]) -> None:
     assert everything(config) == expected
 
 
+def test_calls_are_said_to_wait() -> None:
+    """So the server has threads for them from the first request on."""
+    assert Chain(DiskPlugin([]), [DelayFilter()]).open(Session()).may_block() is True
+
+
 def test_interrupted_sleep_calls_nothing() -> None:
     """The server stops: what waits fails with ESHUTDOWN; closing goes on."""
     events = everything(["rdelay=5", "wdelay=5", "delay-close=5"], interrupted=True)

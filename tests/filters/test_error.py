@@ -113,6 +113,11 @@ def test_which_and_what(config: list[str], failed: dict[str, str]) -> None:
     assert failures(opened(ErrorFilter(), *config)) == failed
 
 
+def test_errors_are_those_of_the_protocol() -> None:
+    manual = {"EPERM", "EIO", "ENOMEM", "EINVAL", "ENOSPC", "ESHUTDOWN"}
+    assert set(ERRORS) == manual | {"EOVERFLOW"}
+
+
 @pytest.mark.parametrize("word", ERRORS)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_error_of_every_operation(name: str, word: str) -> None:

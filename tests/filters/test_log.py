@@ -297,6 +297,20 @@ def test_times_are_true(sockdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         time.tzset()
 
 
+def test_seconds_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log"
+    log = LogFilter(logfile=str(path))
+    log.get_ready()
+    moments = (1_000_000_000_999_999_999, 1_000_000_001_000_000_000, 1_000_000_061_000_001_000)
+    for moment in moments:
+        monkeypatch.setattr(time, "time_ns", lambda moment=moment: moment)
+        log.entry("Tick", "PRINT", "")
+    log.unload()
+    stamps = [line.split()[1] for line in path.read_text().splitlines()[1:]]
+    assert [stamp[6:] for stamp in stamps] == ["40.999999", "41.000000", "41.000001"]
+    assert stamps[2] > stamps[1]
+
+
 def opened(
     log: LogFilter, plugin: pynbdkit.Plugin | None = None, **session: Any
 ) -> tuple[pynbdkit.Layer, Chain]:
@@ -365,8 +379,13 @@ def test_timings(tmp_path: Path) -> None:
     assert "transactions=2\n" in text
 
 
-def test_threads_do_not_mix_lines(tmp_path: Path) -> None:
-    """Eight threads, one file: whole lines, every id once, each ENTER with its LEAVE."""
+def test_threads_do_not_mix_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight threads, one file: whole lines, every id once, each ENTER with its LEAVE.
+
+    A line may take several writes; here it always does.
+    """
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:30]))
     path = tmp_path / "log"
     layer, chain = opened(LogFilter(logfile=str(path)))
     start = threading.Barrier(8)
@@ -382,6 +401,8 @@ def test_threads_do_not_mix_lines(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     close(layer, chain)
+    stamps = [line[:26] for line in path.read_text().splitlines()]
+    assert stamps == sorted(stamps)
     log = [line for line in lines(path) if "Read " in line]
     assert len(log) == 1600
     begun = {
@@ -515,6 +536,19 @@ def test_full_disk_is_reported_once(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err.count("entries are lost") == 1
 
 
+def test_who_may_wait() -> None:
+    """A file is not waited for; a script may be, and the server finds out."""
+    for log, blocking in (
+        (LogFilter(logfile="/dev/null"), False),
+        (LogFilter(logscript=":"), None),
+    ):
+        plugin = DiskPlugin()
+        plugin.blocking = False
+        layer, chain = opened(log, plugin)
+        assert layer.may_block() is blocking
+        close(layer, chain)
+
+
 # -- the script ------------------------------------------------------------------------------------
 
 
@@ -563,6 +597,16 @@ def test_script_cannot_disturb(tmp_path: Path) -> None:
         layer, chain = opened(LogFilter(logscript=script))
         assert layer.pread(512, 0, 0) == bytes(512)
         close(layer, chain)
+
+
+def test_script_has_no_stdin(tmp_path: Path) -> None:
+    """What is on the server's stdin is not for it."""
+    out = tmp_path / "out"
+    code = (
+        f"from pynbdkit.filters.log import LogFilter; LogFilter(logscript='cat >{out}').get_ready()"
+    )
+    subprocess.run([sys.executable, "-c", code], input=b"a client's bytes", check=True)
+    assert out.read_bytes() == b""
 
 
 def test_requests_do_not_wait_for_the_script(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class DelayDevice(FilterDevice):
             ("cache", delays.delay_cache),
         ):
             if seconds:
-                at_once = Flag.FAST_ZERO if name == "zero" and not delays.delay_fast_zero else 0
+                at_once = 0 if delays.delay_fast_zero else Flag.FAST_ZERO
                 setattr(self, name, self._later(name, seconds, at_once))
 
     def _later(self, name: str, seconds: float, at_once: int) -> Callable[..., Any]:

@@ -92,11 +92,6 @@ class LogFilter(Filter):
 
     # -- life ------------------------------------------------------------------------------------
 
-    @property
-    def active(self) -> bool:
-        """Whether there is anywhere to log to."""
-        return bool(self.logfile or self.logscript)
-
     def config_complete(self) -> None:
         """A script may make requests wait."""
         if self.logscript:
@@ -178,8 +173,7 @@ class LogFilter(Filter):
             value = operation(*arguments)
         except Exception as failure:
             number = failure.errno if isinstance(failure, OSError) else errno.EIO
-            # The number is ENOTSUP's as well as EOPNOTSUPP's; the protocol calls it ENOTSUP.
-            name = errno.errorcode[nbd_errno(number)].replace("EOPNOTSUPP", "ENOTSUP")
+            name = errno.errorcode[nbd_errno(number)]
             self.entry(act, "LEAVE", f"return=-1 error={name}{self._took(start)}", id, connection)
             raise
         words = result(value) + " " if result is not None else ""
@@ -215,9 +209,6 @@ class LogFilter(Filter):
 
     def around_preconnect(self, next: Callable[[], None], readonly: bool) -> None:
         """Log what the next layers say to a client."""
-        if not self.active:
-            next()
-            return
         fields = f"readonly={readonly:d}"
         self.call("Preconnect", next, fields=fields, id=_next(self._preconnects))
 
@@ -225,8 +216,6 @@ class LogFilter(Filter):
         self, next: Callable[[], Iterable[str | tuple[str, str]]], readonly: bool, is_tls: bool
     ) -> Iterable[str | tuple[str, str]]:
         """Log the names that the next layers list."""
-        if not self.active:
-            return next()
 
         def names(exports: list[str | tuple[str, str]]) -> str:
             words = (quote(one if isinstance(one, str) else one[0]) for one in exports)
@@ -243,7 +232,7 @@ class LogFilter(Filter):
 
     def open(self, next: Callable[[Session], Layer], session: Session) -> Device:
         """Log what this connection is about."""
-        if not self.active:
+        if not (self.logfile or self.logscript):
             return FilterDevice(next(session))
         connection = _next(self._connections)
         below = next(session)
