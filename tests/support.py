@@ -1,4 +1,4 @@
-"""What the tests share: our server as a process, the peers as programs, a clear word where one is missing."""
+"""What the tests share: our server and the peers as processes, a clear word where one is missing."""
 
 from __future__ import annotations
 
@@ -12,23 +12,33 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
+from typing import NoReturn
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 IN_CI = os.environ.get("CI", "") not in ("", "0", "false")
-PEERS = (
-    "nbdkit nbdkit-plugin-dev nbdkit-plugin-python libnbd-bin python3-libnbd qemu-utils nbdfuse"
-    " fio xfsprogs e2fsprogs fuse3"
-)
 
 
-def missing(what: str) -> None:
-    """A peer is not there: CI fails, a laptop skips with what to install."""
-    text = f"{what} is not installed: apt-get install {PEERS}"
+def lacking(text: str) -> NoReturn:
+    """Something that a test needs is not there: CI fails, a laptop skips with what to do."""
     if IN_CI:
         pytest.fail(text)
     pytest.skip(text)
+
+
+def missing(what: str) -> NoReturn:
+    """A peer is not there: CI fails, a laptop skips with what to install."""
+    listing = subprocess.run(
+        [ROOT / "scripts" / "peers", "--list"], capture_output=True, text=True, check=True
+    )
+    lacking(f"{what} is not installed: apt-get install {listing.stdout.strip()}")
+
+
+def need_root(why: str) -> None:
+    """A test does what only root may: CI fails, a laptop skips."""
+    if os.geteuid() != 0:
+        lacking(f"{why} needs root: run the tests as root (in a virtual machine, say)")
 
 
 def program(name: str) -> str:
@@ -36,7 +46,6 @@ def program(name: str) -> str:
     path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
     if path is None:
         missing(name)
-    assert path is not None
     return path
 
 
@@ -81,14 +90,14 @@ def pynbdkit(
     *arguments: str | Path, timeout: float = 60, **options: object
 ) -> subprocess.CompletedProcess[str]:
     """Run our command line to its end."""
-    return subprocess.run(
+    return subprocess.run(  # type: ignore[no-any-return, call-overload]
         [sys.executable, "-m", "pynbdkit", *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=timeout,
-        **options,  # type: ignore[call-overload]
-    )  # type: ignore[no-any-return]
+        **options,
+    )
 
 
 class ServerProcess:
