@@ -22,6 +22,7 @@ flags: dict[str, int] = {}
 _local = threading.local()
 _lock = threading.Lock()
 _seen: set[object] = set()
+_HOME = __file__.removesuffix("log.py")
 
 
 def _to_stderr(text: str) -> None:
@@ -103,19 +104,25 @@ def exception(message: str, failure: BaseException) -> None:
         place = place.tb_next
     if place is None:
         return
-    code = place.tb_frame.f_code
-    ours = isinstance(failure, OSError) and "pynbdkit" in code.co_filename
-    if (ours or isinstance(failure, PynbdkitError)) and not verbose:
-        return  # raised on purpose: the line says it all
-    key = (type(failure), code.co_filename, place.tb_lineno)
+    file = place.tb_frame.f_code.co_filename
+    if isinstance(failure, OSError) and _is_ours(file) and not verbose:
+        return  # raised by us on purpose: the line says it all
+    key = (type(failure), file, place.tb_lineno)
     if key in _seen and not verbose:
         return
     if len(_seen) < 1000:
         _seen.add(key)
     import traceback
 
-    for line in "".join(traceback.format_exception(failure)).rstrip().splitlines():
+    first = failure.__traceback__
+    while not verbose and first and first.tb_next and _is_ours(first.tb_frame.f_code.co_filename):
+        first = first.tb_next  # how we got to the plugin is no news
+    for line in "".join(traceback.format_exception(type(failure), failure, first)).splitlines():
         _sink(f"{_prefix()}{line}")
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith(_HOME)
 
 
 def describe(failure: BaseException) -> str:

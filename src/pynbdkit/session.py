@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 _local = threading.local()
+stops: list[Callable[[], None]] = []
+"""`stop` of every server of this process, for code that runs outside of any connection."""
 
 
 class Session:

@@ -118,8 +118,10 @@ def peer_tls_issuer_dn() -> str:
 
 
 def shutdown() -> None:
-    """Ask the server to stop: it finishes what is running first."""
-    _connection().shutdown()
+    """Ask the server to stop: it finishes what is running first. Works in any thread."""
+    session = _session.current()
+    for stop in [session.shutdown] if session else list(_session.stops):
+        stop()
 
 
 def disconnect(force: bool) -> None:

@@ -14,6 +14,7 @@ import socket
 import threading
 
 from .. import log
+from ..session import stops
 from .connection import Connection, needs_lock
 from .watch import Watch
 
@@ -57,8 +58,10 @@ class Server:
         self._connections: set[Connection] = set()
         self._none_left = threading.Condition()
         self._count = 0
+        self._only_one = False
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._thread: threading.Thread | None = None
+        stops.append(self.stop)
 
     # -- starting and stopping -------------------------------------------------------------------
 
@@ -73,11 +76,10 @@ class Server:
         self._end()
 
     def serve_one(self, sock: socket.socket) -> None:
-        """Serve a single connection in this thread, then end everything (-s)."""
-        connection = self._admit(sock)
-        connection.run()
-        self.stop()
-        self._end()
+        """Serve a single connection, then end everything (-s)."""
+        self._only_one = True
+        self._admit(sock).thread.start()  # this thread waits, so that signals find it awake
+        self.run()
 
     def stop(self) -> None:
         """Ask the server to stop; safe in a signal handler and from any thread."""
@@ -100,6 +102,8 @@ class Server:
         with self._none_left:
             self._connections.discard(connection)
             self._none_left.notify_all()
+        if self._only_one:
+            self.stop()
 
     @property
     def connections(self) -> int:
@@ -122,6 +126,7 @@ class Server:
                     connection.kill()
                 self._none_left.wait_for(lambda: not self._connections, STOP_PATIENCE)
         self.watch.close()
+        stops.remove(self.stop)
         for failure in [*self.chain.cleanup(), *self.chain.unload()]:
             log.exception("cleanup", failure)
         read, write = self._wake_read, self._wake_write
