@@ -72,7 +72,7 @@ def check_extents(array: SparseArray, model: bytes | bytearray, offset: int, cou
     assert all(left[2] != right[2] for left, right in pairwise(extents))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(base=st.sampled_from(BASES), operations=operations, reads=st.lists(ranges, max_size=6))
 def test_like_a_bytearray(
     base: Under | None,
