@@ -1,0 +1,188 @@
+"""The memory plugin, over the wire and as a model."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pynbdkit
+from pynbdkit.chain import Chain
+from pynbdkit.complete import Layer
+from pynbdkit.session import Session
+from support import ServerProcess, run
+from support import pynbdkit as command
+
+CHUNK = 1 << 16
+
+
+def opened(**config: str) -> Layer:
+    chain = Chain(pynbdkit.load_plugin("memory", **config))
+    chain.load()
+    chain.complete()
+    chain.get_ready()
+    return chain.open(Session())
+
+
+def test_what_a_client_is_offered(serve: Callable[..., ServerProcess], connect: Any) -> None:
+    handle = connect(serve("memory", "1M"))
+    assert handle.get_size() == 1 << 20
+    for able in ("fua", "flush", "trim", "zero", "fast_zero", "multi_conn", "cache", "df"):
+        assert getattr(handle, f"can_{able}")(), able
+    assert not handle.is_read_only()
+    assert not handle.is_rotational()
+
+
+def test_clients_see_the_same_disk(serve: Callable[..., ServerProcess], connect: Any) -> None:
+    server = serve("memory", "1M")
+    one, two = connect(server), connect(server)
+    one.pwrite(b"from one", 1000)
+    assert two.pread(8, 1000) == b"from one"
+    two.zero(4, 1000)
+    assert one.pread(8, 1000) == b"\0\0\0\0 one"
+
+
+@pytest.mark.parametrize("allocator", ["sparse", "malloc"])
+def test_extents_tell_what_was_written(
+    serve: Callable[..., ServerProcess], connect: Any, allocator: str
+) -> None:
+    handle = connect(serve("memory", "4M", f"allocator={allocator}"))
+    handle.pwrite(b"x" * 512, 3 * CHUNK)
+    handle.pwrite(b"x" * (CHUNK + 2), 10 * CHUNK - 1)
+    found: list[int] = []
+    handle.block_status(4 << 20, 0, lambda _name, _offset, entries, _error: found.extend(entries))
+    if allocator == "malloc":
+        assert found == [4 << 20, 0]
+        return
+    assert found == [
+        *(3 * CHUNK, 3, CHUNK, 0, 5 * CHUNK, 3, 3 * CHUNK, 0),
+        *((4 << 20) - 12 * CHUNK, 3),
+    ]
+    handle.trim(CHUNK, 3 * CHUNK)
+    found.clear()
+    handle.block_status(4 << 20, 0, lambda _name, _offset, entries, _error: found.extend(entries))
+    assert found[:2] == [9 * CHUNK, 3]
+
+
+def resident(server: ServerProcess) -> int:
+    words = Path(f"/proc/{server.process.pid}/statm").read_text().split()
+    return int(words[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.parametrize("how", ["trim", "zero"])
+def test_memory_is_given_back(serve: Callable[..., ServerProcess], connect: Any, how: str) -> None:
+    server = serve("memory", "1T")
+    handle = connect(server)
+    handle.pread(1, 0)
+    before = resident(server)
+    for at in range(0, 64 << 20, 16 << 20):
+        handle.pwrite(b"x" * (16 << 20), (1 << 39) + at)
+    assert resident(server) - before > 60 << 20
+    getattr(handle, how)(64 << 20, 1 << 39)
+    handle.flush()
+    assert handle.pread(512, 1 << 39) == bytes(512)
+    assert resident(server) - before < 24 << 20
+
+
+def test_the_largest_disk(serve: Callable[..., ServerProcess], connect: Any) -> None:
+    handle = connect(serve("memory", str(2**63 - 1)))
+    assert handle.get_size() == 2**63 - 1
+    handle.pwrite(b"the end", 2**63 - 8)
+    assert handle.pread(7, 2**63 - 8) == b"the end"
+
+
+def test_no_disk_at_all(serve: Callable[..., ServerProcess], connect: Any) -> None:
+    assert connect(serve("memory", "0")).get_size() == 0
+
+
+@pytest.mark.parametrize("allocator", ["malloc", "malloc,mlock=true", "mlock", "malloc,mlock=no"])
+def test_allocators(serve: Callable[..., ServerProcess], connect: Any, allocator: str) -> None:
+    handle = connect(serve("memory", "1M", f"allocator={allocator}"))
+    handle.pwrite(b"x" * 200000, 100)
+    handle.trim(100000, 100)
+    assert handle.pread(200000, 100) == bytes(100000) + b"x" * 100000
+
+
+def test_locked_memory_is_locked(serve: Callable[..., ServerProcess]) -> None:
+    server = serve("memory", "1M", "allocator=malloc,mlock=true")
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    locked = next(line for line in status.splitlines() if line.startswith("VmLck"))
+    assert int(locked.split()[1]) >= 1024
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["memory"], "size=<SIZE>"),
+        (["memory", "1X"], "'X'"),
+        (["memory", "-1"], "unrecognized option"),
+        (["memory", "1M", "allocator=foo"], '"foo"'),
+        (["memory", "1M", "allocator=zstd"], "not supported"),
+        (["memory", "1M", "allocator=sparse,mlock=true"], "mlock=true"),
+        (["memory", "1M", "colour=red"], "unknown parameter 'colour'"),
+        (["memory", "1000P", "allocator=malloc"], "too large"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], says: str) -> None:
+    done = command("-f", "-U", "/nowhere/socket", *arguments)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+
+
+def test_copies_there_and_back(serve: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    with source.open("wb") as stream:
+        stream.truncate(32 << 20)
+        for at in (0, 5 << 20, (32 << 20) - 10):
+            stream.seek(at)
+            stream.write(b"0123456789")
+    server = serve("memory", "32M")
+    run("nbdcopy", source, server.uri)
+    run("nbdcopy", server.uri, target)
+    run("cmp", source, target)
+    assert target.stat().st_blocks * 512 < 2 << 20
+
+
+SIZE = 5 * CHUNK + 1000
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["sparse", "malloc"]),
+    st.lists(
+        st.tuples(
+            st.sampled_from(["write", "trim", "zero", "zero_hole"]),
+            st.integers(0, SIZE - 1),
+            st.integers(1, 3 * CHUNK),
+            st.integers(1, 255),
+        ),
+        max_size=12,
+    ),
+)
+def test_it_is_a_disk(allocator: str, steps: list[tuple[str, int, int, int]]) -> None:
+    layer = opened(size=str(SIZE), allocator=allocator)
+    model = bytearray(SIZE)
+    for what, offset, length, byte in steps:
+        count = min(length, SIZE - offset)
+        if what == "write":
+            layer.pwrite(memoryview(bytes([byte]) * count), offset, 0)
+            model[offset : offset + count] = bytes([byte]) * count
+        else:
+            call = layer.trim if what == "trim" else layer.zero
+            call(count, offset, pynbdkit.Flag.MAY_TRIM if what == "zero_hole" else 0)
+            model[offset : offset + count] = bytes(count)
+        assert bytes(layer.pread(SIZE, 0, 0)) == model
+    position = 0
+    for extent in layer.extents(SIZE, 0, 0):
+        assert extent.offset == position
+        position += extent.length
+        if extent.type:
+            assert not any(model[extent.offset : position])
+    assert position == SIZE
