@@ -99,7 +99,7 @@ class Parameter:
             value = self.parse(self.key, text)
         except ValueError as error:
             message = str(error)
-            if not message.startswith(self.key):
+            if self.key not in message:
                 message = f"{self.key}: {message}"
             raise ConfigError(message) from None
         if self.multiple:
