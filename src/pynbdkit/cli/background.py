@@ -1,100 +1,285 @@
-"""What a daemon needs: privileges dropped, the background, a pidfile, signals, the parent's end."""
+"""What a service needs: another user, the background, a pidfile, signals, the parent's end."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 
-from ..errors import ConfigError
+from .. import log
+from ..errors import ConfigError, PynbdkitError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
+    from typing import Final
+
+STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+KEYBOARD_SIGNALS: Final = (signal.SIGINT, signal.SIGQUIT)
+LOOK_AT_PARENT: Final = 0.2
+"""Seconds between looks at the parent, where the kernel cannot tell of its end."""
 
 
-def change_user(user: str | None, group: str | None) -> None:
-    """Become another user and group, for good. Raises ConfigError where that fails.
+# -- privileges ------------------------------------------------------------------------------------
 
-    Arguments: names or numbers (-u, -g). Without a group, the user's own stays as it is now.
+
+class Identity:
+    """The user and group to become (-u, -g). Raises ConfigError for names that are unknown.
+
+    With a group, that is the only one. With a user alone, the groups are the user's, so that none
+    of root's is left; a user by a number that nobody has leaves the group as it is.
     """
-    if group is not None:
-        gid = _number("group", group)
+
+    def __init__(self, user: str | None, group: str | None) -> None:
+        self.uid = user_id(user) if user is not None else -1
+        self.gid = group_id(group) if group is not None else -1
+        self._user = user
+        self._group = group
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything to do."""
+        return self.uid >= 0 or self.gid >= 0
+
+    def take(self) -> None:
+        """Become them, for good. Raises ConfigError where that fails."""
+        option = f"-g {self._group}" if self._group is not None else f"-u {self._user}"
         try:
-            os.setgroups([])
+            self._take_groups()
+            if self.uid >= 0:
+                option = f"-u {self._user}"
+                os.setuid(self.uid)
+        except OSError as error:
+            raise ConfigError(f"{option}: {error.strerror}") from None
+
+    def _take_groups(self) -> None:
+        groups, gid = [self.gid], self.gid
+        if gid < 0:
+            import pwd
+
+            try:
+                entry = pwd.getpwuid(self.uid)
+                gid = entry.pw_gid
+                groups = os.getgrouplist(entry.pw_name, gid)
+            except KeyError:
+                groups = []
+        if os.geteuid() == 0:
+            os.setgroups(groups)
+        if gid >= 0 and (self.gid >= 0 or os.geteuid() == 0):
             os.setgid(gid)
-        except OSError as error:
-            raise ConfigError(f"-g {group}: {error.strerror}") from None
-    if user is not None:
-        uid = _number("user", user)
-        try:
-            if group is None and os.geteuid() == 0:
-                os.setgroups([])
-            os.setuid(uid)
-        except OSError as error:
-            raise ConfigError(f"-u {user}: {error.strerror}") from None
 
 
-def _number(what: str, name: str) -> int:
-    import grp
+def user_id(name: str) -> int:
+    """The number of a user (-u). Raises ConfigError."""
     import pwd
 
     try:
-        return pwd.getpwnam(name).pw_uid if what == "user" else grp.getgrnam(name).gr_gid
+        return pwd.getpwnam(name).pw_uid
     except KeyError:
-        if name.isascii() and name.isdigit():
-            return int(name)
-        raise ConfigError(f"-{what[0]} {name}: no such {what}, and not a number") from None
+        return _number("user", name)
 
 
-def fork_into_background(keep_stderr: bool) -> None:
-    """Go on in a child of init; the parent exits 0. Threads must not exist yet."""
-    if os.fork():
-        os._exit(0)
-    os.setsid()
-    os.chdir("/")
+def group_id(name: str) -> int:
+    """The number of a group (-g). Raises ConfigError."""
+    import grp
+
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return _number("group", name)
+
+
+def _number(what: str, text: str) -> int:
+    from ..parse import parse_int
+
+    try:
+        return parse_int(what, text, 0, (1 << 32) - 2)
+    except ValueError:
+        raise ConfigError(f"-{what[0]} {text}: no such {what}") from None
+
+
+# -- the background --------------------------------------------------------------------------------
+
+
+class Background:
+    """The way into the background. The parent waits until the server is ready, so that it can
+    tell a start that fails: its exit status is 0 only when clients can connect.
+    """
+
+    def __init__(self) -> None:
+        self._tell = -1
+
+    def fork(self, when_ready: Callable[[int], None]) -> None:
+        """Go on in a child, in a session of its own, in "/", without stdin and stdout.
+
+        The parent never returns: it ends with 0 after ``when_ready(child)``, or with 1. stderr
+        stays until `ready`. Threads must not exist yet. Raises ConfigError.
+        """
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # we may have been started with it ignored
+        flush()
+        hear, self._tell = os.pipe2(os.O_CLOEXEC)
+        try:
+            child = os.fork()
+        except OSError as error:
+            raise ConfigError(f"cannot go into the background: {error.strerror}") from None
+        if child:
+            os.close(self._tell)
+            status = 1
+            try:
+                status = _wait_until_ready(hear, child, when_ready)
+                flush()
+            finally:
+                os._exit(status)  # what else a plugin has registered is for the child to do
+        os.close(hear)
+        os.setsid()
+        os.chdir("/")
+        _to_null(0, 1)
+
+    def ready(self, keep_stderr: bool) -> None:
+        """Tell the parent that clients can connect. Raises ConfigError where it has gone."""
+        if not keep_stderr:
+            flush()
+            _to_null(2)
+        try:
+            os.write(self._tell, b"1")
+        except OSError:
+            raise ConfigError("whoever started the server has ended meanwhile") from None
+        finally:
+            os.close(self._tell)
+
+
+def _wait_until_ready(hear: int, child: int, when_ready: Callable[[int], None]) -> int:
+    try:
+        if os.read(hear, 1):
+            when_ready(child)
+            return 0
+        _, status = os.waitpid(child, 0)
+    except PynbdkitError as error:
+        log.error(str(error))
+        os.kill(child, signal.SIGTERM)
+        return 1
+    except KeyboardInterrupt:
+        os.kill(child, signal.SIGTERM)
+        return 130
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        log.error(f"the server was killed by signal {-code} while it started")
+    return code if code > 0 else 1
+
+
+def _to_null(*fds: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    if not keep_stderr:
-        os.dup2(null, 2)
+    for fd in fds:
+        os.dup2(null, fd)
     if null > 2:
         os.close(null)
 
 
-def write_pidfile(path: str) -> None:
-    """Write our process id. Raises ConfigError."""
+def open_missing_stdio() -> None:
+    """Open /dev/null in place of stdin, stdout and stderr where they are closed.
+
+    Else the server's own descriptors would get their numbers, and be taken for them.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free: this one
+            os.set_inheritable(fd, True)
+
+
+def flush() -> None:
+    """Write out what was printed."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            pass  # nobody is left to read it
+
+
+def write_pidfile(path: str, pid: int) -> None:
+    """Write a process id. Raises ConfigError."""
     try:
-        with open(path, "w", encoding="ascii") as stream:
-            stream.write(f"{os.getpid()}\n")
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            os.write(fd, f"{pid}\n".encode())
+        finally:
+            os.close(fd)
     except OSError as error:
         raise ConfigError(f"-P {path}: {error.strerror}") from None
 
 
-def exit_with_parent() -> None:
-    """Have the kernel send us SIGTERM when the parent ends (Linux). Raises ConfigError."""
-    import ctypes
-
-    parent = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(1, signal.SIGTERM, 0, 0, 0) != 0:  # PR_SET_PDEATHSIG
-        raise ConfigError(f"--exit-with-parent: {os.strerror(ctypes.get_errno())}")
-    if os.getppid() != parent:
-        raise SystemExit(0)  # it ended before we could ask
+# -- signals ---------------------------------------------------------------------------------------
 
 
-def on_signals(stop: Callable[[], None]) -> None:
-    """SIGINT, SIGTERM and SIGQUIT call `stop`; a second one ends the process at once."""
+def on_signals(stop: Callable[[int], bool], at_once: Callable[[], None]) -> None:
+    """Have SIGINT, SIGTERM and SIGQUIT call ``stop(number)``; a second one ends the process.
 
-    def first(number: int, _frame: FrameType | None) -> None:
-        for other in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
-            signal.signal(other, second)
-        del number
-        stop()
+    A signal for which `stop` is False does not count. `at_once` tidies up before the sudden end,
+    which is a death by the signal.
+    """
+    stopping = False
 
-    def second(number: int, _frame: FrameType | None) -> None:
+    def handle(number: int, _frame: FrameType | None) -> None:
+        nonlocal stopping
+        if not stopping:
+            stopping = stop(number)
+            return
+        at_once()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
-        signal.signal(number, first)
+    for number in STOP_SIGNALS:
+        signal.signal(number, handle)
+
+
+def from_keyboard(number: int) -> bool:
+    """Whether a signal came from a terminal, which has sent it to our whole process group."""
+    if number not in KEYBOARD_SIGNALS:
+        return False
+    try:
+        fd = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return False  # we have no terminal
+    try:
+        return os.tcgetpgrp(fd) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+class Parent:
+    """The process that started us (--exit-with-parent); make it as early as possible."""
+
+    def __init__(self) -> None:
+        self._pid = os.getppid()
+        try:
+            self._fd = os.pidfd_open(self._pid)
+        except (AttributeError, OSError):
+            self._fd = -1  # an old kernel, or another one than Linux
+
+    def watch(self) -> None:
+        """Send ourselves SIGTERM when the parent has ended.
+
+        PR_SET_PDEATHSIG would do that too, but also when only the parent's thread has ended, and
+        the kernel forgets it when we change the user.
+        """
+        import threading
+
+        threading.Thread(target=self._watch, name="parent", daemon=True).start()
+
+    def _watch(self) -> None:
+        import select
+        import time
+
+        if self._fd >= 0:
+            poll = select.poll()
+            poll.register(self._fd, select.POLLIN)
+            while os.getppid() == self._pid:
+                poll.poll()
+        while os.getppid() == self._pid:
+            time.sleep(LOOK_AT_PARENT)
+        os.kill(os.getpid(), signal.SIGTERM)

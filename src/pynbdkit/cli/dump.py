@@ -29,10 +29,18 @@ def config() -> Iterator[tuple[str, str]]:
     yield "name", "pynbdkit"
     yield "plugindir", os.path.join(package, "plugins")
     yield "python_version", ".".join(map(str, sys.version_info[:3]))
+    yield "selinux", "no"
     yield "tls", "no"
     yield "version", __version__
     yield "version_major", major
     yield "version_minor", minor
+    yield "zstd", "no"
+
+
+def versions(chain: Chain) -> Iterator[str]:
+    """The lines of PLUGIN --version, after the server's."""
+    for it in chain.layers:
+        yield f"{it.name} {it.version or __version__}"
 
 
 def plugin(chain: Chain) -> Iterator[tuple[str, str]]:
@@ -46,7 +54,8 @@ def plugin(chain: Chain) -> Iterator[tuple[str, str]]:
     yield "name", it.name
     yield "version", it.version or __version__
     yield "api_version", str(it.api_version)
-    yield "max_thread_model", "parallel"
+    most = type(it).thread_model  # a class says it; a script's is found out by asking
+    yield "max_thread_model", THREAD_MODEL_NAMES[most] if isinstance(most, int) else "parallel"
     yield "thread_model", THREAD_MODEL_NAMES[it.thread_model]
     yield "errno_is_preserved", "1"
     if it.magic_config_key():

@@ -1,7 +1,6 @@
-"""The command `pynbdkit`: from a command line to a running server, in the peer's order.
+"""The command `pynbdkit`: options → plugin and filters → key=value → a server, or a text.
 
-options → plugin and filters loaded → key=value → config_complete → get_ready → sockets →
-privileges dropped → background → after_fork → pidfile → serve (nbdkit(1), nbdkit-service(1)).
+Nothing is imported before it is needed: ``pynbdkit --version`` is about as quick as Python itself.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from .._version import __version__
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from ..chain import Chain
     from .options import CommandLine
@@ -25,24 +23,26 @@ def run() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the server to its end; returns the exit status."""
+    """Run the server to its end; returns the exit status.
+
+    A user's mistake, and whatever the system refuses, is one line on stderr and the status 1.
+    """
     if list(arguments) in (["--version"], ["-V"]):
-        print(f"pynbdkit {__version__}")
-        return 0
+        return show([f"pynbdkit {__version__}"])
     from .. import log
     from ..errors import PynbdkitError
-    from .options import UsageError
 
     try:
         return _main(arguments)
-    except UsageError as error:
-        print(f"pynbdkit: {error}\nUse 'pynbdkit --help' for the usage.", file=sys.stderr)
     except PynbdkitError as error:
         log.error(str(error))
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        pass  # whoever read our output has gone
+    except OSError as error:  # of the system: no memory, no more processes
+        if log.verbose:
+            log.exception("pynbdkit", error)
+        else:
+            log.error(log.describe(error))
     return 1
 
 
@@ -51,54 +51,89 @@ def _main(arguments: Sequence[str]) -> int:
     from . import options
 
     line = options.parse(arguments)
-    _print_and_exit_options(line)
-    if line.version:
-        print(f"pynbdkit {__version__}")
-        return 0
+    _refuse_unsupported(line)
     if line.dump_config:
         from . import dump
 
-        for key, value in dump.config():
-            print(f"{key}={value}")
-        return 0
+        return show(f"{key}={value}" for key, value in dump.config())
     if line.plugin is None:
         if line.help:
-            print(options.usage())
-            return 0
-        raise options.UsageError("no plugins given on the command line.")
+            return show([options.usage()])
+        if line.version:
+            return show([f"pynbdkit {__version__}"])
+        hint = " (for the server itself: --dump-config)" if line.dump_plugin else ""
+        raise options.UsageError(f"no plugin given on the command line{hint}")
+
     log.verbose = bool(line.verbose)
+    service = None
+    if not (line.help or line.version or line.dump_plugin):
+        from .serve import Service
 
+        service = Service(line)
+    log.debug(f"pynbdkit {__version__}")
     chain = _load(line)
-    if line.help:
+    _debug_flags(line.debug, chain)
+    if line.help or line.version:
         from . import dump
 
-        print(options.usage())
-        for text in dump.help(chain):
-            print(text)
-        return 0
-    _step(chain, "load", chain.load)
-    _configure(chain, line.parameters)
-    if line.dump_plugin:
-        from . import dump
+        if line.help:
+            return show([options.usage(), *dump.help(chain)])
+        return show([f"pynbdkit {__version__}", *dump.versions(chain)])
 
-        for key, value in dump.plugin(chain):
-            print(f"{key}={value}")
-        return 0
-    _step(chain, "config_complete", chain.complete)
-    return _serve(line, chain)
+    from .step import step
+
+    try:
+        step(chain.name, "load", chain.load)
+        for pair in _parameters(chain, line.parameters):
+            step(chain.name, "config", lambda pair=pair: chain.config(*pair))  # type: ignore[misc]
+        if service is None:
+            from . import dump
+
+            return show(f"{key}={value}" for key, value in dump.plugin(chain))
+        step(chain.name, "config_complete", chain.complete)
+        return service.run(chain)
+    finally:
+        for failure in chain.unload():
+            log.exception("unload", failure)
 
 
-def _print_and_exit_options(line: CommandLine) -> None:
-    """Refuse what is not there yet, and values that are wrong whatever the plugin is."""
+def show(lines: Iterable[str]) -> int:
+    """Print; returns the exit status. Who stops reading is no news; a full disk is."""
+    out = sys.stdout
+    try:
+        if out is None:
+            raise OSError(9, "it is closed")
+        # A path may have bytes, or the user's locale miss characters, that cannot be written.
+        getattr(out, "reconfigure", lambda **_: None)(errors="backslashreplace")
+        for line in lines:
+            out.write(line + "\n")
+        out.flush()
+    except OSError as error:
+        if out is not None:
+            discard_stdout()
+        if not isinstance(error, BrokenPipeError):
+            from .. import log
+
+            log.error(f"stdout: {error.strerror}")
+        return 1
+    return 0
+
+
+def discard_stdout() -> None:
+    """stdout cannot be written to: Python must not try it again at exit."""
+    import os
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _refuse_unsupported(line: CommandLine) -> None:
     from .options import NOT_SUPPORTED, OPTIONS, UsageError
 
     for option in OPTIONS:
         if option.key in NOT_SUPPORTED and getattr(line, option.key):
             raise UsageError(f"option '{option.names[-1]}' is not supported by this version")
     if line.tls not in (None, "off"):
-        raise UsageError(f"--tls={line.tls} is not supported by this version (only --tls=off)")
-    if line.log not in (None, "stderr", "syslog", "null"):
-        raise UsageError(f"--log={line.log}: must be stderr, syslog or null")
+        raise UsageError(f"--tls={line.tls} is not supported by this version: only --tls=off")
 
 
 def _load(line: CommandLine) -> Chain:
@@ -110,11 +145,11 @@ def _load(line: CommandLine) -> Chain:
     return Chain(load_plugin(line.plugin), filters)
 
 
-def _configure(chain: Chain, parameters: Sequence[str]) -> None:
-    """Hand on key=value; a value alone is for the magic key (nbdkit(1), "Magic parameters")."""
+def _parameters(chain: Chain, words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The key=value pairs; a value alone is for the magic key (nbdkit(1), "Magic parameters")."""
     from ..errors import ConfigError
 
-    for index, word in enumerate(parameters):
+    for index, word in enumerate(words):
         key, equals, value = word.partition("=")
         if not (equals and _is_key(key)):
             key, value = chain.plugin.magic_config_key(), word
@@ -122,7 +157,7 @@ def _configure(chain: Chain, parameters: Sequence[str]) -> None:
                 key = "script"
             if not key:
                 raise ConfigError(f"expecting key=value on the command line but got: {word}")
-        _step(chain, "config", lambda k=key, v=value: chain.config(k, v))
+        yield key, value
 
 
 def _is_key(text: str) -> bool:
@@ -133,121 +168,20 @@ def _is_key(text: str) -> bool:
     )
 
 
-def _step(chain: Chain, name: str, call: object) -> None:
-    """One step of the plugin's life: whatever it raises is one line, and the end."""
-    from .. import log
-    from ..errors import ConfigError, PynbdkitError
-
-    try:
-        call()  # type: ignore[operator]
-    except PynbdkitError:
-        raise
-    except Exception as failure:
-        if not isinstance(failure, (OSError, ValueError)) or log.verbose:
-            log.exception(f"{chain.name}: {name}", failure)
-            raise ConfigError(f"{chain.name}: {name} failed") from None
-        raise ConfigError(f"{chain.name}: {name}: {log.describe(failure)}") from None
-
-
-def _number(what: str, text: str | None, default: int, low: int, high: int) -> int:
-    from ..parse import parse_int
-    from .options import UsageError
-
-    if text is None:
-        return default
-    try:
-        return parse_int(what, text, low, high)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
-def _serve(line: CommandLine, chain: Chain) -> int:
-    import os
-
-    from .. import log
-    from ..server.listen import inherited
-    from ..server.server import Server
-    from . import background
-    from .options import UsageError
-    from .where import Where
-
-    threads = _number("--threads", line.threads, 16, 0, 10_000)
-    mask = _number("--mask-handshake", line.mask_handshake, 0xFFFF, 0, 0xFFFF)
-    activated = inherited()
-    if activated:
-        for key, names in (
-            ("ipaddr", "-i"),
-            ("port", "-p"),
-            ("run", "--run"),
-            ("single", "-s"),
-            ("unix", "-U"),
-        ):
-            if getattr(line, key):
-                raise UsageError(f"socket activation (LISTEN_FDS) excludes {names}")
-    if line.single and line.run:
-        raise UsageError("-s and --run exclude each other")
-    if line.unix and (line.port or line.ipaddr):
-        raise UsageError("-U excludes -p and -i")
-    stays = bool(line.foreground or line.run or line.single or line.exit_with_parent or activated)
-    _debug_flags(line.debug)
-    if line.exit_with_parent:
-        background.exit_with_parent()
-    os.umask(0o022)
-    _step(chain, "get_ready", chain.get_ready)
-
-    where = Where(line, activated)
-    try:
-        sockets: list[socket.socket] = [] if line.single else where.listen()
-        background.change_user(line.user, line.group)
-        pidfile = os.path.abspath(line.pidfile) if line.pidfile else None
-        if not stays:
-            background.fork_into_background(keep_stderr=log.verbose)
-        if not line.verbose:
-            log.use(line.log or ("stderr" if stays else "syslog"))
-        _step(chain, "after_fork", chain.after_fork)
-        server = Server(
-            chain,
-            sockets,
-            readonly=bool(line.readonly),
-            threads=threads,
-            structured_replies=not line.no_sr,
-            handshake_mask=mask,
-        )
-        background.on_signals(server.stop)
-        if pidfile:
-            background.write_pidfile(pidfile)
-        if line.print_uri and not line.single:
-            print(where.uri(line.exportname or ""), flush=True)
-        # A thread that computes gives way this often (seconds): others wait that long, not 5 ms.
-        sys.setswitchinterval(0.001)
-        if line.single:
-            from ..server.single import stdin_stdout
-
-            server.serve_one(stdin_stdout())
-            return 0
-        if line.run is None:
-            server.run()
-            return 0
-        from .captive import Captive
-
-        captive = Captive(line.run, where.variables(line.exportname or ""))
-        captive.start(server.stop)
-        server.run()
-        return captive.finish()
-    finally:
-        where.remove()
-
-
-def _debug_flags(flags: Sequence[str]) -> None:
+def _debug_flags(flags: Sequence[str], chain: Chain) -> None:
     from .. import log
     from ..parse import parse_int
     from .options import UsageError
 
+    names = {"nbdkit", "pynbdkit", chain.name, *(filter.name for filter in chain.filters)}
     for flag in flags:
         name, equals, value = flag.partition("=")
-        if not equals or "." not in name:
+        layer, dot, rest = name.partition(".")
+        if not (equals and layer and dot and rest):
             raise UsageError(f"-D {flag}: must have the form NAME.FLAG=N")
         try:
             log.flags[name] = parse_int(f"-D {name}", value)
         except ValueError as error:
             raise UsageError(str(error)) from None
+        if layer not in names:
+            log.warning(f"-D {name} is not used: there is no {layer} on the command line")

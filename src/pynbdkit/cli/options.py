@@ -2,7 +2,8 @@
 
 Options and parameters may stand in any order; long options may be shortened as long as they are
 unambiguous; "--" ends the options (getopt_long(3)). The first word that is no option is the
-plugin, each further one a parameter.
+plugin, each further one a parameter. Of an option that is given twice the last one counts, except
+for those in `REPEATED`, which are gathered.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from ..errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import Any
+    from collections.abc import Iterator, Sequence
+    from typing import Any, Final
 
 
 class Option:
@@ -26,64 +27,88 @@ class Option:
         self.metavar = metavar
         self.help = help
 
+    @property
+    def shown(self) -> str:
+        """The names that --help shows: the short one, and one long one."""
+        long = [name for name in self.names if name.startswith("--")]
+        wanted = ("--" + self.key, "--" + self.key.replace("_", "-"))
+        primary = next((name for name in wanted if name in long), long[-1])
+        short = [name for name in self.names if not name.startswith("--")]
+        return ", ".join([*short, primary]) + (f" {self.metavar}" if self.metavar else "")
 
-OPTIONS = (
-    Option("ipv4", "-4 --ipv4-only", "", "listen on IPv4 addresses only"),
-    Option("ipv6", "-6 --ipv6-only", "", "listen on IPv6 addresses only"),
-    Option(
-        "debug", "-D --debug", "NAME.FLAG=N", "set a debug flag of the server, plugin or filter"
-    ),
+
+OPTIONS: Final = (
+    Option("ipv4", "-4 --ipv4-only", "", "IPv4 addresses only"),
+    Option("ipv6", "-6 --ipv6-only", "", "IPv6 addresses only"),
+    Option("debug", "-D --debug", "NAME.FLAG=N", "set a debug flag (repeatable)"),
     Option("dump_config", "--dump-config", "", "print what is installed where, and exit"),
-    Option("dump_plugin", "--dump-plugin", "", "print what the plugin is and has, and exit"),
-    Option("exit_with_parent", "--exit-with-parent", "", "end when the parent process ends"),
+    Option("dump_plugin", "--dump-plugin", "", "print what the plugin is and can, and exit"),
+    Option("exit_with_parent", "--exit-with-parent", "", "stop when the parent process ends"),
     Option(
         "exportname",
         "-e --export --export-name --exportname",
-        "EXPORTNAME",
-        "the export that --run's $uri names",
+        "NAME",
+        "the export that the URI for --run and --print-uri names",
     ),
-    Option("filter", "--filter", "FILTER", "put a filter in front of the plugin (repeatable)"),
-    Option("foreground", "-f --foreground --no-fork", "", "do not go into the background"),
-    Option("group", "-g --group", "GROUP", "change to this group after binding and opening"),
-    Option("help", "--help", "", "print this, or a plugin's parameters, and exit"),
-    Option(
-        "ipaddr",
-        "-i --ip-addr --ipaddr",
-        "IPADDR",
-        "listen on this address (default: loopback only; -i '' opens all interfaces)",
-    ),
+    Option("filter", "--filter", "FILTER", "put a filter before the plugin (repeatable)"),
+    Option("foreground", "-f --foreground --no-fork", "", "stay in the foreground"),
+    Option("group", "-g --group", "GROUP", "change to this group once the sockets are open"),
+    Option("help", "--help", "", "print this, or what a plugin takes, and exit"),
+    Option("ipaddr", "-i --ip-addr --ipaddr", "ADDRESS", "listen on this address (repeatable)"),
     Option("log", "--log", "stderr|syslog|null", "where messages go"),
-    Option("mask_handshake", "--mask-handshake", "MASK", "which handshake flags may be offered"),
-    Option("newstyle", "-n --new-style --newstyle", "", "the newstyle protocol (always on)"),
+    Option("mask_handshake", "--mask-handshake", "MASK", "handshake flags that may be offered"),
+    Option("newstyle", "-n --new-style --newstyle", "", "the newstyle protocol (it always is)"),
     Option("no_sr", "--no-sr --no-structured-replies", "", "do not offer structured replies"),
-    Option("oldstyle", "-o --old-style --oldstyle", "", "the oldstyle protocol (not supported)"),
-    Option("pidfile", "-P --pid-file --pidfile", "PIDFILE", "write the process id when ready"),
-    Option("port", "-p --port", "PORT", "TCP port, 0 for any free one (default: 10809)"),
-    Option("print_uri", "--print-uri", "", "print the URI when ready"),
-    Option("readonly", "-r --read-only --readonly", "", "refuse every way to write"),
-    Option("run", "--run", "COMMAND", "run a shell command on the server, end when it ends"),
+    Option("oldstyle", "-o --old-style --oldstyle", "", "(not supported)"),
+    Option("pidfile", "-P --pid-file --pidfile", "FILE", "write the process id, when ready"),
+    Option("port", "-p --port", "PORT", "listen on this TCP port (default 10809; 0: any free one)"),
+    Option("print_uri", "--print-uri", "", "print the URI, when ready"),
+    Option("readonly", "-r --read-only --readonly", "", "let clients only read"),
+    Option("run", "--run", "COMMAND", "run a shell command, and end with it"),
     Option("selinux_label", "--selinux-label", "LABEL", "(not supported)"),
-    Option("single", "-s --single --stdin", "", "serve one client on stdin and stdout"),
+    Option("single", "-s --single --stdin", "", "serve the one client on stdin and stdout"),
     Option("swap", "--swap", "", "(not supported)"),
-    Option("threads", "-t --threads", "THREADS", "most requests at a time per connection (16)"),
+    Option("threads", "-t --threads", "N", "requests at a time per connection (default 16)"),
     Option("tls", "--tls", "off|on|require", "encryption (only off is supported)"),
     Option("tls_certificates", "--tls-certificates", "DIR", "(not supported)"),
     Option("tls_psk", "--tls-psk", "FILE", "(not supported)"),
     Option("tls_verify_peer", "--tls-verify-peer", "", "(not supported)"),
     Option("unix", "-U --unix", "SOCKET|-", "listen on a Unix socket (-: a private one)"),
-    Option("user", "-u --user", "USER", "change to this user after binding and opening"),
+    Option("user", "-u --user", "USER", "change to this user once the sockets are open"),
     Option("verbose", "-v --verbose", "", "print debug messages"),
     Option("version", "-V --version", "", "print the version and exit"),
     Option("vsock", "--vsock", "", "(not supported)"),
 )
-REPEATED = frozenset(("debug", "filter", "ipaddr"))
-NOT_SUPPORTED = frozenset(
-    "oldstyle selinux_label swap tls_certificates tls_psk tls_verify_peer vsock".split()
+REPEATED: Final = frozenset(("debug", "filter", "ipaddr"))
+NOT_SUPPORTED: Final = frozenset(
+    ("oldstyle", "selinux_label", "swap", "tls_certificates", "tls_psk", "tls_verify_peer", "vsock")
 )
+CHOICES: Final = {"log": ("stderr", "syslog", "null"), "tls": ("off", "on", "require")}
+NOT_EMPTY: Final = ("pidfile", "port", "unix")
+
+USAGE: Final = """\
+pynbdkit [OPTION ...] PLUGIN [[KEY=]VALUE ...]
+pynbdkit [OPTION ...] FILE.py [KEY=VALUE ...]
+pynbdkit PLUGIN --help | --version | --dump-plugin
+pynbdkit --help | --version | --dump-config
+"""
+NOTES: Final = """\
+Options and parameters may stand in any order; long options may be shortened.
+
+Without -i, -U and -s, only this machine can connect (port 10809 of 127.0.0.1 and ::1). To let
+other machines in, give -i an address of this machine, or -i '' for all of them.
+
+Without -f, --run, -s and --exit-with-parent, the server goes on in the background when it is
+ready, and its messages go to the system log.
+
+In --run's COMMAND, $uri is where to connect; see also $nbd $port $unixsocket $exportname $pid."""
 
 
 class UsageError(ConfigError):
     """A command line that cannot be understood."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} (see 'pynbdkit --help')"
 
 
 class CommandLine:
@@ -95,67 +120,72 @@ class CommandLine:
         self.parameters: list[str] = []
 
     def __getattr__(self, key: str) -> Any:
-        """An option's value: a text, a list for repeated ones, True; None, [] or False if absent."""
+        """An option's value: a text, True, or a list for repeated ones; None or [] if absent."""
         return self.options.get(key, [] if key in REPEATED else None)
 
 
 def parse(arguments: Sequence[str]) -> CommandLine:
     """Parse a command line (without the program's name). Raises UsageError."""
-    short = {name: o for o in OPTIONS for name in o.names if not name.startswith("--")}
     result = CommandLine()
-    words = list(arguments)
-    only_words = False
-    while words:
-        word = words.pop(0)
-        if only_words or not word.startswith("-") or word == "-":
-            if result.plugin is None:
-                result.plugin = word
-            else:
-                result.parameters.append(word)
-        elif word == "--":
-            only_words = True
+    words = iter(arguments)
+    for word in words:
+        if word == "--":
+            for last in words:
+                _take_word(result, last)
         elif word.startswith("--"):
-            name, has_value, value = word.partition("=")
-            option = _find_long(name)
-            if not option.metavar:
-                if has_value:
-                    raise UsageError(f"option '{name}' takes no value")
-                _set(result, option, True)
-            else:
-                if not has_value:
-                    if not words:
-                        raise UsageError(f"option '{name}' needs a value: {option.metavar}")
-                    value = words.pop(0)
-                _set(result, option, value)
+            _take_long(result, word, words)
+        elif word.startswith("-") and word != "-":
+            _take_short(result, word[1:], words)
         else:
-            letters = word[1:]
-            while letters:
-                name, letters = letters[0], letters[1:]
-                found = short.get(f"-{name}")
-                if found is None:
-                    raise UsageError(f"unrecognized option '-{name}'")
-                if not found.metavar:
-                    _set(result, found, True)
-                    continue
-                if not letters:
-                    if not words:
-                        raise UsageError(
-                            f"option '{found.names[0]}' needs a value: {found.metavar}"
-                        )
-                    letters = words.pop(0)
-                _set(result, found, letters)
-                letters = ""
+            _take_word(result, word)
     return result
+
+
+def _take_word(result: CommandLine, word: str) -> None:
+    if result.plugin is None:
+        result.plugin = word
+    else:
+        result.parameters.append(word)
+
+
+def _take_long(result: CommandLine, word: str, words: Iterator[str]) -> None:
+    name, has_value, value = word.partition("=")
+    option = _find_long(name)
+    if option.metavar:
+        _set(result, option, value if has_value else _value(option, name, words))
+    elif has_value:
+        raise UsageError(f"option '{name}' takes no value")
+    else:
+        _set(result, option, True)
+
+
+def _take_short(result: CommandLine, letters: str, words: Iterator[str]) -> None:
+    """A cluster: "-rf", "-p10809", "-rp 10809"."""
+    while letters:
+        name, letters = f"-{letters[0]}", letters[1:]
+        option = next((option for option in OPTIONS if name == option.names[0]), None)
+        if option is None:
+            raise UsageError(f"unrecognized option '{name}'")
+        if option.metavar:
+            _set(result, option, letters or _value(option, name, words))
+            return
+        _set(result, option, True)
+
+
+def _value(option: Option, name: str, words: Iterator[str]) -> str:
+    value = next(words, None)
+    if value is None:
+        raise UsageError(f"option '{name}' needs a value: {option.metavar}")
+    return value
 
 
 def _find_long(name: str) -> Option:
     found: dict[str, Option] = {}
     for option in OPTIONS:
-        for known in option.names:
-            if known == name:
-                return option
-            if known.startswith(name) and known.startswith("--"):
-                found[option.key] = option
+        if name in option.names:
+            return option
+        if any(known.startswith(name) for known in option.names):
+            found[option.key] = option
     if not found:
         raise UsageError(f"unrecognized option '{name}'")
     if len(found) > 1:
@@ -165,28 +195,22 @@ def _find_long(name: str) -> Option:
 
 
 def _set(result: CommandLine, option: Option, value: object) -> None:
-    if option.key in REPEATED:
-        result.options.setdefault(option.key, []).append(value)
+    key = option.key
+    if key in CHOICES and value not in CHOICES[key]:
+        raise UsageError(f"{option.names[-1]}={value}: must be one of {', '.join(CHOICES[key])}")
+    if key in NOT_EMPTY and not value:
+        raise UsageError(f"option '{option.names[0]}' needs a value that is not empty")
+    if key in REPEATED:
+        result.options.setdefault(key, []).append(value)
     else:
-        result.options[option.key] = value
-    if option.key == "ipv4":  # the last one takes effect
+        result.options[key] = value
+    if key == "ipv4":  # the last one takes effect
         result.options.pop("ipv6", None)
-    elif option.key == "ipv6":
+    elif key == "ipv6":
         result.options.pop("ipv4", None)
 
 
 def usage() -> str:
     """The text of --help."""
-    lines = [
-        "pynbdkit [OPTION ...] PLUGIN [[KEY=]VALUE ...]",
-        "pynbdkit [OPTION ...] FILE.py [KEY=VALUE ...]",
-        "pynbdkit PLUGIN --help | --dump-plugin",
-        "pynbdkit --help | --version | --dump-config",
-        "",
-    ]
-    for option in OPTIONS:
-        names = ", ".join(option.names)
-        if option.metavar:
-            names += f" {option.metavar}"
-        lines.append(f"  {names:<44} {option.help}")
-    return "\n".join(lines)
+    lines = [f"  {o.shown:<27} {o.help}" for o in OPTIONS if o.key not in NOT_SUPPORTED]
+    return "\n".join([USAGE, *lines, "", NOTES])

@@ -5,13 +5,46 @@ from __future__ import annotations
 import os
 import socket
 
+from ..errors import ConfigError
 from ..server.listen import LOOPBACK, listen_tcp, listen_unix
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Final
 
+    from .background import Identity
     from .options import CommandLine
+
+_UNRESERVED: Final = frozenset(
+    b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~"
+)
+
+
+def percent(text: str, also: bytes = b"") -> str:
+    """A text as part of a URI (RFC 3986), where the bytes `also` may stand as they are.
+
+    As urllib.parse.quote, which costs two milliseconds to import and refuses other names than
+    UTF-8.
+    """
+    return "".join(
+        chr(byte) if byte in _UNRESERVED or byte in also else f"%{byte:02X}"
+        for byte in os.fsencode(text)
+    )
+
+
+def private_folder() -> str:
+    """Make a folder of our own for a socket, in $TMPDIR or /tmp. Raises ConfigError."""
+    parent = os.path.abspath(os.environ.get("TMPDIR") or "/tmp")
+    while True:
+        folder = os.path.join(parent, f"pynbdkit-{os.urandom(6).hex()}")
+        try:
+            os.mkdir(folder, 0o700)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"-U -: cannot make {folder}: {error.strerror}") from None
 
 
 class Where:
@@ -23,62 +56,65 @@ class Where:
         self._folder: str | None = None
         self.path: str | None = None
         self.port: int | None = None
-        self._host = "localhost"
+        self._host = ""
 
-    def listen(self) -> list[socket.socket]:
-        """Open them. Raises ConfigError."""
+    def listen(self, identity: Identity) -> list[socket.socket]:
+        """Open them; the private one is for clients of the `identity`, too. Raises ConfigError."""
         line = self._line
         if self._activated:
+            self._found(self._activated)
             return self._activated
-        if line.unix is not None:
-            self.path = line.unix
-            if line.unix == "-":
-                import tempfile
-
-                self._folder = tempfile.mkdtemp(prefix="pynbdkit")
-                self.path = os.path.join(self._folder, "socket")
-                sock = listen_unix(self.path)
-                if line.user or line.group:
-                    self._hand_over()
-            else:
-                self.path = os.path.abspath(line.unix)
-                sock = listen_unix(self.path)
-            return [sock]
-        family = socket.AF_INET if line.ipv4 else socket.AF_INET6 if line.ipv6 else 0
-        addresses: Sequence[str] = line.ipaddr or LOOPBACK
-        if not line.ipaddr and family:
-            addresses = LOOPBACK[:1] if line.ipv4 else LOOPBACK[1:]
-        sockets = listen_tcp(addresses, line.port or 10809, family)
-        self.port = sockets[0].getsockname()[1]
-        host = sockets[0].getsockname()[0]
-        if line.ipaddr and host not in ("0.0.0.0", "::", *LOOPBACK):
-            self._host = f"[{host}]" if ":" in host else host
+        if line.unix is None:
+            family = socket.AF_INET if line.ipv4 else socket.AF_INET6 if line.ipv6 else 0
+            sockets = listen_tcp(line.ipaddr, line.port or 10809, family)
+        elif line.unix != "-":
+            sockets = [listen_unix(os.path.abspath(line.unix))]
+        else:
+            self._folder = private_folder()
+            self.path = os.path.join(self._folder, "socket")
+            sockets = [listen_unix(self.path)]
+            self._hand_over(identity)
+        self._found(sockets)
         return sockets
 
-    def _hand_over(self) -> None:
-        """The private folder stays usable for the user that the server becomes."""
-        from . import background
-
-        assert self._folder is not None
+    def _hand_over(self, identity: Identity) -> None:
+        """The private folder is the new user's."""
         assert self.path is not None
-        uid = background._number("user", self._line.user) if self._line.user else -1
-        gid = background._number("group", self._line.group) if self._line.group else -1
-        for path in (self.path, self._folder):
-            os.chown(path, uid, gid)
+        assert self._folder is not None
+        if identity.changes:
+            try:
+                for path in (self.path, self._folder):
+                    os.chown(path, identity.uid, identity.gid)
+            except OSError as error:
+                raise ConfigError(f"-U -: {self._folder}: {error.strerror}") from None
+
+    def _found(self, sockets: Sequence[socket.socket]) -> None:
+        """Note where clients connect: at the first socket."""
+        address = sockets[0].getsockname()
+        if sockets[0].family == socket.AF_UNIX:
+            path = os.fsdecode(address)
+            self.path = path if path and path[0] != "\0" else None  # no URI names an abstract one
+        elif sockets[0].family in (socket.AF_INET, socket.AF_INET6):
+            self._host, self.port = address[:2]
+
+    @property
+    def host(self) -> str:
+        """The host part of a URI ("localhost" where that is one of our addresses)."""
+        if self._host in ("0.0.0.0", "::", *LOOPBACK):
+            return "localhost"
+        return f"[{self._host.replace('%', '%25')}]" if ":" in self._host else self._host
 
     def uri(self, export: str) -> str:
-        """The NBD URI of an export."""
-        from urllib.parse import quote
-
-        name = quote(export, safe="")
+        """The NBD URI of an export; "" for a socket that URIs cannot name."""
+        name = percent(export)
         if self.path is not None:
-            return f"nbd+unix:///{name}?socket={quote(self.path)}"
-        if self.port is None:
-            return ""
-        return f"nbd://{self._host}:{self.port}" + (f"/{name}" if name else "")
+            return f"nbd+unix:///{name}?socket={percent(self.path, b'/')}"
+        if self.port is not None:
+            return f"nbd://{self.host}:{self.port}" + (f"/{name}" if name else "")
+        return ""
 
-    def variables(self, export: str) -> dict[str, str]:
-        """The shell variables of --run (nbdkit-captive(1))."""
+    def variables(self, export: str) -> dict[str, str | None]:
+        """The shell variables of --run (nbdkit-captive(1)); None: it is not set."""
         uri = self.uri(export)
         return {
             "uri": uri,
@@ -86,14 +122,15 @@ class Where:
             "port": str(self.port) if self.port is not None else "",
             "unixsocket": self.path or "",
             "exportname": export,
-            "tls": "",
+            "tls": None,
             "pid": str(os.getpid()),
         }
 
     def remove(self) -> None:
         """Remove the private socket of `-U -`; any other is left, as the peer leaves it."""
-        if self._folder is not None and self.path is not None:
-            for remove, path in ((os.unlink, self.path), (os.rmdir, self._folder)):
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            for remove, path in ((os.unlink, os.path.join(folder, "socket")), (os.rmdir, folder)):
                 try:
                     remove(path)
                 except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 
@@ -10,101 +11,171 @@ from ..errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any
+    from typing import Any, Final
 
-LOOPBACK = ("127.0.0.1", "::1")
-FIRST_INHERITED = 3
+LOOPBACK: Final = ("127.0.0.1", "::1")
+MAX_PATH: Final = 107
+"""The bytes that a Unix socket's path may have (unix(7))."""
+FIRST_INHERITED: Final = 3
 """SD_LISTEN_FDS_START: the first descriptor of socket activation."""
+ATTEMPTS: Final = 20
+"""How often a free port is looked for that is free on all addresses."""
 
 
 def listen_unix(path: str) -> socket.socket:
     """Listen on a Unix socket at `path`, which must not exist. Raises ConfigError."""
-    if len(os.fsencode(path)) > 107:
-        raise ConfigError(f"-U {path}: the path of a Unix socket has at most 107 bytes")
+    size = len(os.fsencode(path))
+    if size > MAX_PATH:
+        raise ConfigError(
+            f"cannot listen on {path}: a socket's path has at most {MAX_PATH} bytes, not {size}"
+        )
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.bind(path)
         sock.listen(socket.SOMAXCONN)
     except OSError as error:
         sock.close()
-        raise ConfigError(f"-U {path}: {error.strerror}") from None
+        why = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            why = "it exists already; remove it, unless another server listens there"
+        raise ConfigError(f"cannot listen on {path}: {why}") from None
     return sock
 
 
 def listen_tcp(
-    addresses: Sequence[str] = LOOPBACK, port: str | int = 10809, family: int = socket.AF_UNSPEC
+    addresses: Sequence[str] = (), port: str | int = 10809, family: int = socket.AF_UNSPEC
 ) -> list[socket.socket]:
     """Listen on every address that the names stand for. Raises ConfigError.
 
-    Arguments: names or addresses ("" stands for all interfaces), a port number or service name
-    (0: any free one, the same for all addresses), AF_INET or AF_INET6 to restrict names.
+    Arguments: names or addresses, "" for all interfaces (none at all: this machine alone); a port
+    number or service name (0: any free port, the same for all addresses); AF_INET or AF_INET6 to
+    restrict names. Of the addresses of one name (and of those of this machine) one is enough.
     """
+    number = _port(port)
+    groups = [_resolve([name], number, family) for name in addresses] or [
+        _resolve(LOOPBACK, number, family)
+    ]
+    last = None
+    for _ in range(ATTEMPTS):
+        try:
+            return _listen_all(groups)
+        except _PortTaken as taken:  # the free port of one address was not free on another
+            last = taken
+    raise ConfigError(str(last))
+
+
+class _PortTaken(ConfigError):
+    pass
+
+
+def _port(port: str | int) -> int:
+    text = str(port).strip()
+    if text.isascii() and text.removeprefix("-").isdigit():
+        if 0 <= int(text) <= 65535:
+            return int(text)
+        raise ConfigError(f"port {text} is out of range (0 to 65535)")
+    try:
+        return socket.getservbyname(text, "tcp")
+    except (OSError, ValueError):
+        raise ConfigError(f"port {text!r}: neither a number nor the name of a service") from None
+
+
+def _resolve(names: Sequence[str], port: int, family: int) -> list[tuple[int, Any]]:
+    """(family, address) for each address that the names stand for."""
     found: list[tuple[int, Any]] = []
-    explicit = tuple(addresses) != LOOPBACK
-    for address in addresses:
+    for name in names:
         try:
             infos = socket.getaddrinfo(
-                address or None,
-                port,
-                family,
-                socket.SOCK_STREAM,
-                flags=socket.AI_PASSIVE,
+                name or None, port, family, socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )
-        except (socket.gaierror, OverflowError) as error:
-            if not explicit and str(port).isdigit():
-                continue  # this machine has no such loopback
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise ConfigError(f"cannot listen on {address or '<any>'}:{port}: {reason}") from None
+        except (OSError, UnicodeError) as error:
+            if len(names) > 1 and isinstance(error, OSError):
+                continue  # loopback: of the other family, or this machine has only one of them
+            why = error.strerror if isinstance(error, OSError) else "not a name"
+            raise ConfigError(f"cannot listen on {name}: {why}") from None
         found += [(info[0], info[4]) for info in infos if (info[0], info[4]) not in found]
+    return found
+
+
+def _listen_all(groups: Sequence[Sequence[tuple[int, Any]]]) -> list[socket.socket]:
+    """A socket for each address; raises ConfigError where a whole group fails."""
     sockets: list[socket.socket] = []
-    chosen = None
-    last: OSError | None = None
-    for kind, where in found:
-        sock = socket.socket(kind, socket.SOCK_STREAM)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if kind == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            if chosen is not None and where[1] == 0:
-                where = (where[0], chosen, *where[2:])
-            sock.bind(where)
-            sock.listen(socket.SOMAXCONN)
-        except OSError as error:
+    done: set[tuple[int, Any]] = set()
+    chosen = 0
+    try:
+        for group in groups:
+            missing: ConfigError | None = None
+            got_one = False
+            for kind, where in group:
+                if (kind, where) in done:  # two names of one address
+                    got_one = True
+                    continue
+                any_port = where[1] == 0
+                try:
+                    sock = _listen(kind, (where[0], where[1] or chosen, *where[2:]))
+                except OSError as error:
+                    text = f"cannot listen on {_shown(where, chosen)}: {error.strerror}"
+                    if error.errno == errno.EADDRINUSE:
+                        raise (_PortTaken if any_port and chosen else ConfigError)(text) from None
+                    missing = ConfigError(text)
+                    continue
+                sockets.append(sock)
+                done.add((kind, where))
+                got_one = True
+                chosen = sock.getsockname()[1]
+            if not got_one:
+                raise missing or ConfigError("cannot listen: this machine has no such address")
+    except ConfigError:
+        for sock in sockets:
             sock.close()
-            last = error
-            if error.errno == 98:
-                for other in sockets:
-                    other.close()
-                raise ConfigError(
-                    f"cannot listen on {where[0]}:{where[1]}: {error.strerror}"
-                ) from None
-            continue
-        chosen = sock.getsockname()[1]
-        sockets.append(sock)
-    if not sockets:
-        reason = last.strerror if last is not None else "no address"
-        raise ConfigError(
-            f"cannot listen on {', '.join(a or '<any>' for a in addresses)}: {reason}"
-        )
+        raise
     return sockets
 
 
-def inherited() -> list[socket.socket]:
-    """The sockets of socket activation (LISTEN_PID, LISTEN_FDS); [] where there are none."""
-    pid, fds = os.environ.get("LISTEN_PID", ""), os.environ.get("LISTEN_FDS", "")
-    if not pid or not fds or pid != str(os.getpid()):
-        return []
-    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
-        os.environ.pop(name, None)
+def _shown(where: Any, chosen: int) -> str:
+    host = f"[{where[0]}]" if ":" in where[0] else where[0]
+    return f"{host}:{where[1] or chosen}"
+
+
+def _listen(kind: int, where: Any) -> socket.socket:
+    sock = socket.socket(kind, socket.SOCK_STREAM)
     try:
-        count = int(fds)
-    except ValueError:
-        raise ConfigError(f"LISTEN_FDS={fds}: not a number") from None
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if kind == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(where)
+        sock.listen(socket.SOMAXCONN)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def inherited() -> list[socket.socket]:
+    """The sockets of socket activation (LISTEN_PID, LISTEN_FDS: sd_listen_fds(3)); [] without.
+
+    To be called before anything else opens a descriptor. The variables are removed, so that no
+    process that we start takes them for its own. Raises ConfigError.
+    """
+    variables = {
+        name: os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+    }
+    if not variables["LISTEN_FDS"] or variables["LISTEN_PID"] != str(os.getpid()):
+        return []
+    count = variables["LISTEN_FDS"]
+    if not (count.isascii() and count.isdigit() and 0 < int(count) < 1 << 20):
+        raise ConfigError(f"socket activation: LISTEN_FDS={count} is not a number of sockets")
     sockets = []
-    for fd in range(FIRST_INHERITED, FIRST_INHERITED + count):
-        os.set_inheritable(fd, False)
+    for fd in range(FIRST_INHERITED, FIRST_INHERITED + int(count)):
         try:
-            sockets.append(socket.socket(fileno=fd))
+            os.set_inheritable(fd, False)
+            sock = socket.socket(fileno=fd)
+            listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         except OSError as error:
-            raise ConfigError(f"LISTEN_FDS: descriptor {fd}: {error.strerror}") from None
+            why = error.strerror or str(error)
+            raise ConfigError(f"socket activation: descriptor {fd}: {why}") from None
+        if not listens:
+            sock.detach()
+            raise ConfigError(f"socket activation: descriptor {fd} is not a listening socket")
+        sockets.append(sock)
     return sockets

@@ -1,14 +1,48 @@
-"""-s: one client on stdin and stdout, a socket (inetd) or two pipes."""
+"""-s: one client on stdin and stdout, a socket (inetd, libnbd) or two pipes."""
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import socket
+import stat
 import sys
+
+from ..errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+class _Direction:
+    """One end of a pipe, which can be shut down while another thread waits for it."""
+
+    def __init__(self, fd: int, event: int) -> None:
+        self.fd = fd
+        self.open = True
+        self._event = event
+        self._hear, self._tell = os.pipe2(os.O_CLOEXEC)
+
+    def wait(self) -> None:
+        """Return when the descriptor is ready, or the direction is shut down."""
+        poll = select.poll()
+        poll.register(self.fd, self._event)
+        poll.register(self._hear, select.POLLIN)
+        poll.poll()
+
+    def shutdown(self) -> None:
+        """Let `wait` return from now on."""
+        if self.open:
+            self.open = False
+            os.close(self._tell)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        self.shutdown()
+        os.close(self._hear)
+        os.close(self.fd)
 
 
 class Pipes:
@@ -17,50 +51,93 @@ class Pipes:
     family = socket.AF_UNSPEC
 
     def __init__(self, read: int, write: int) -> None:
-        self._read = read
-        self._write = write
+        """Take over two descriptors."""
+        # Others may have the same pipe: `close` leaves it as it was.
+        self._was_blocking = os.get_blocking(write)
+        os.set_blocking(write, False)
+        self._read = _Direction(read, select.POLLIN)
+        self._write = _Direction(write, select.POLLOUT)
+        self._closed = False
 
     def fileno(self) -> int:
         """The descriptor to wait for requests on."""
-        return self._read
+        return -1 if self._closed else self._read.fd
 
     def recv_into(self, buffer: memoryview | bytearray) -> int:
         """Read what there is; 0 at the end."""
-        return os.readv(self._read, [buffer])
+        while self._read.open:
+            self._read.wait()
+            if self._read.open:
+                try:
+                    return os.readv(self._read.fd, [buffer])
+                except BlockingIOError:
+                    pass
+        return 0
 
-    def sendmsg(self, buffers: Sequence[bytes | memoryview]) -> int:
-        """Write; returns how many bytes were taken."""
-        return os.writev(self._write, buffers)
+    def sendmsg(self, buffers: Sequence[bytes | bytearray | memoryview]) -> int:
+        """Write; returns how many bytes were taken. Raises OSError."""
+        while self._write.open:
+            try:
+                return os.writev(self._write.fd, buffers)
+            except BlockingIOError:
+                self._write.wait()
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     def getpeername(self) -> None:
         """Pipes have no names."""
         return
 
     def shutdown(self, how: int) -> None:
-        """A pipe cannot be shut down: the client's end decides."""
-        del how
+        """Let nothing more be read (SHUT_RD), or nothing at all happen (SHUT_RDWR)."""
+        self._read.shutdown()
+        if how == socket.SHUT_RDWR:
+            self._write.shutdown()
 
     def close(self) -> None:
         """Close both."""
-        for fd in {self._read, self._write}:
-            try:
-                os.close(fd)
-            except OSError:
-                pass
+        if not self._closed:
+            self._closed = True
+            os.set_blocking(self._write.fd, self._was_blocking)
+            self._read.close()
+            self._write.close()
 
 
-def stdin_stdout() -> socket.socket:
-    """The client on our stdin and stdout; what anybody prints from now on goes to stderr."""
-    sys.stdout.flush()
+def _same(first: os.stat_result, second: os.stat_result) -> bool:
+    return (first.st_dev, first.st_ino) == (second.st_dev, second.st_ino)
+
+
+def stdin_stdout() -> tuple[socket.socket, bool]:
+    """The client on our stdin and stdout, and whether stderr is to be used for messages.
+
+    From now on stdin is empty, and what anybody prints goes to stderr. Under inetd(8) stderr is
+    the client's socket, too: it is closed then. Raises ConfigError.
+    """
+    try:
+        ends = [os.fstat(0), os.fstat(1)]
+    except OSError:
+        raise ConfigError(
+            "-s: the client is on stdin and stdout, but one of them is closed"
+        ) from None
+    if sys.stdout is not None:
+        sys.stdout.flush()
     read, write = os.dup(0), os.dup(1)
-    null = os.open(os.devnull, os.O_RDONLY)
+    null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
+    try:
+        err = os.fstat(2)
+        streams = stat.S_ISSOCK(err.st_mode) or stat.S_ISFIFO(err.st_mode)
+        stderr_is_ours = not (streams and any(_same(err, end) for end in ends))
+    except OSError:
+        stderr_is_ours = False
+    if not stderr_is_ours:
+        os.dup2(null, 2)
     os.dup2(2, 1)
     os.close(null)
-    try:
-        sock = socket.socket(fileno=read)
-        sock.getsockname()
-    except OSError:
-        return Pipes(read, write)  # type: ignore[return-value]
+    if not (stat.S_ISSOCK(ends[0].st_mode) and _same(*ends)):
+        return Pipes(read, write), stderr_is_ours  # type: ignore[return-value]
     os.close(write)
-    return sock
+    sock = socket.socket(fileno=read)
+    sock.setblocking(True)
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock, stderr_is_ours
