@@ -9,6 +9,7 @@ for "-"); an entry point of an installed distribution (group `pynbdkit.plugins`,
 from __future__ import annotations
 
 import os
+import sys
 
 from .errors import LoadError
 
@@ -73,9 +74,8 @@ def _find(kind: str, name: str, base: type) -> object:
     module_name = f"pynbdkit.{kind}s.{name.replace('-', '_')}"
     file = os.path.join(os.path.dirname(__file__), kind + "s", name.replace("-", "_") + ".py")
     if not name.startswith("_") and name.replace("-", "").isidentifier() and os.path.exists(file):
-        from importlib import import_module
-
-        found = _class_in(import_module(module_name), base, module_name)
+        __import__(module_name)  # importlib.import_module costs an import of its own
+        found = _class_in(sys.modules[module_name], base, module_name)
         if found is None:
             raise LoadError(f"{module_name} has no public subclass of {base.__name__}")
     else:

@@ -31,8 +31,6 @@ option that makes sense, and the replies of one `receive` stop at `MAX_REPLY_BAT
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol
-
 from .constants import (
     CONTEXT_BASE_ALLOCATION,
     FLAG_C_FIXED_NEWSTYLE,
@@ -85,8 +83,12 @@ from .options import (
     match_contexts,
 )
 
+TYPE_CHECKING = False  # Spares the import of typing at start-up, see constants.
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Final, Protocol
+else:
+    Protocol = object
 
 __all__ = ["ExportInfo", "ExportSource", "HandshakeError", "Negotiated", "ServerHandshake"]
 

@@ -9,7 +9,6 @@ send such a thing). Strings are UTF-8 without NUL, at most 4096 bytes ("Conventi
 from __future__ import annotations
 
 from struct import Struct
-from typing import TYPE_CHECKING, NamedTuple
 
 from .constants import (
     IHAVEOPT,
@@ -22,8 +21,12 @@ from .constants import (
 )
 from .errors import HandshakeError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from typing import NamedTuple
+else:
+    from ._record import NamedTuple
 
 OPTION_HEADER = Struct(">QII")  # magic, option, length
 REPLY_HEADER = Struct(">QIII")  # magic, option, reply type, length

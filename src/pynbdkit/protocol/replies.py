@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from struct import Struct
 from struct import error as StructError
-from typing import NamedTuple
 
 from .constants import (
     CMD_BLOCK_STATUS,
@@ -32,7 +31,9 @@ from .errors import ProtocolError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from typing import Final
+    from typing import Final, NamedTuple
+else:
+    from ._record import NamedTuple
 
 SIMPLE: Final = Struct(">IIQ")
 """magic, error, cookie."""
