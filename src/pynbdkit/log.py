@@ -80,9 +80,9 @@ def warning(message: str) -> None:
 
 
 def debug(message: str) -> None:
-    """A debug message: shown with --verbose."""
+    """A debug message: shown with --verbose, on stderr and nowhere else (nbdkit-service(1))."""
     if verbose:
-        _sink(f"{_prefix()}debug: {_one_line(message)}")
+        _to_stderr(f"{_prefix()}debug: {_one_line(message)}")
 
 
 def _one_line(message: str) -> str:
