@@ -26,9 +26,13 @@ REQUEST: Final = Struct(">IHHQQI")
 """magic, command flags, type, cookie, offset, length (NBD protocol, "Request message")."""
 
 SMALL_BUFFER: Final = 64 * 1024
-"""What an idle connection holds."""
+"""What a connection begins with."""
 LARGE_BUFFER: Final = 2 * 1024 * 1024
 """What a busy connection's buffer grows to; more only while one larger write arrives."""
+FEW_REQUESTS: Final = 64
+"""A buffer that is filled by fewer requests than this grows: more of them would fill a batch."""
+MANY_REQUESTS: Final = 4096
+"""A buffer that had more requests than this shrinks: what they take as objects is bounded, too."""
 
 
 def encode_request(
@@ -51,7 +55,7 @@ class RequestParser:
         self._end = len(first)  # first byte that is not received
         self._need = REQUEST.size  # bytes from _start that the next request needs
         self._skip = 0  # bytes of an oversized payload still to come
-        self._full = False  # the last receive filled the buffer
+        self._aim = SMALL_BUFFER  # the size that the buffer should have, next time
         self.broken = ""
         """Why nothing more can be understood (a wrong magic number); "" as long as all is well."""
 
@@ -62,19 +66,18 @@ class RequestParser:
 
     def space(self) -> memoryview:
         """Where the next bytes go: never empty. Ends the life of earlier payloads."""
-        start, end = self._start, self._end
-        if start == end:
-            start = end = 0
-            if self._size > LARGE_BUFFER:
-                self._renew(SMALL_BUFFER)
-            elif self._full and self._size < LARGE_BUFFER:
-                self._renew(min(self._size * 4, LARGE_BUFFER))
-        elif self._need > self._size:
+        start, end, need = self._start, self._end, self._need
+        if need > self._aim:
+            self._aim = min(need, LARGE_BUFFER)
+        size = need if need > self._aim else self._aim
+        if size != self._size and end - start < size:
             tail = self._view[start:end]
-            self._renew(self._need)
-            self._view[: len(tail)] = tail
+            self._renew(size)
             start, end = 0, len(tail)
-        elif start and (self._need > self._size - start or self._size - end < SMALL_BUFFER // 2):
+            self._view[:end] = tail
+        elif start == end:
+            start = end = 0
+        elif start and (need > self._size - start or self._size - end < SMALL_BUFFER // 2):
             tail_bytes = bytes(self._view[start:end])
             start, end = 0, len(tail_bytes)
             self._view[:end] = tail_bytes
@@ -84,7 +87,6 @@ class RequestParser:
     def received(self, count: int) -> None:
         """`count` bytes were put into `space()`."""
         self._end += count
-        self._full = self._end == self._size
 
     def requests(self) -> list[Request]:
         """Every request that is complete, up to a wrong magic number (see `broken`)."""
@@ -121,6 +123,10 @@ class RequestParser:
                 append((flags, kind, cookie, offset, count, None))
                 start += 28
         self._start = start
+        if end == self._size and len(result) < FEW_REQUESTS:
+            self._aim = min(4 * self._aim, LARGE_BUFFER)
+        elif len(result) > MANY_REQUESTS:
+            self._aim = SMALL_BUFFER
         return result
 
     def detach(self) -> None:

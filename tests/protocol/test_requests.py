@@ -1,0 +1,377 @@
+"""The server's request parser, fed with bytes that are packed here by hand."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pynbdkit.protocol.constants import MAX_PAYLOAD
+from pynbdkit.protocol.requests import (
+    LARGE_BUFFER,
+    MANY_REQUESTS,
+    SMALL_BUFFER,
+    RequestParser,
+    encode_request,
+)
+
+READ, WRITE, DISC, FLUSH = range(4)
+MAGIC = 0x25609513
+KIB, MIB = 1 << 10, 1 << 20
+LIMIT = 200
+"""max_payload of the parsers below: so a payload over the limit is a small one."""
+
+Parsed = tuple[int, int, int, int, int, bytes | None]
+
+
+class Sent(NamedTuple):
+    """A request as a client means it."""
+
+    flags: int
+    kind: int
+    cookie: int
+    offset: int
+    length: int
+    payload: bytes = b""
+
+    def wire(self) -> bytes:
+        header = (MAGIC, self.flags, self.kind, self.cookie, self.offset, self.length)
+        return struct.pack(">IHHQQI", *header) + self.payload
+
+    def parsed(self, limit: int = LIMIT) -> Parsed:
+        """What the parser must make of it."""
+        payload = self.payload if self.kind == WRITE and 0 < self.length <= limit else None
+        return (*self[:5], payload)
+
+
+def write(data: bytes, cookie: int = 1, offset: int = 0) -> Sent:
+    return Sent(0, WRITE, cookie, offset, len(data), data)
+
+
+_PATTERN = bytes(range(251))
+
+
+def noise(count: int, seed: int = 0) -> bytes:
+    """Bytes none of which looks like its neighbour."""
+    first = seed % 251
+    return (_PATTERN * (count // 251 + 2))[first : first + count]
+
+
+u16 = st.integers(0, 2**16 - 1)
+u64 = st.integers(0, 2**64 - 1)
+others = st.builds(
+    Sent,
+    u16,
+    u16.filter(lambda kind: kind != WRITE),
+    u64,
+    u64,
+    st.integers(0, 2**32 - 1),
+    st.just(b""),
+)
+writes = st.builds(
+    lambda flags, cookie, offset, count: Sent(
+        flags, WRITE, cookie, offset, count, noise(count, cookie & 0xFF)
+    ),
+    u16,
+    u64,
+    u64,
+    st.integers(0, LIMIT) | st.sampled_from((0, 1, LIMIT, LIMIT + 1, 3 * LIMIT, 5000)),
+)
+requests = st.lists(others | writes, max_size=12)
+cuts = st.lists(st.integers(0, 4000), max_size=30)
+
+
+def split(data: bytes, cuts: Sequence[int]) -> Iterator[bytes]:
+    """Cut `data` at some places; one after another gives all of it."""
+    at = 0
+    for end in (*sorted(cut % (len(data) + 1) for cut in cuts), len(data)):
+        yield data[at:end]
+        at = end
+
+
+def put(parser: RequestParser, data: bytes) -> None:
+    """Receive `data`, which fits."""
+    space = parser.space()
+    space[: len(data)] = data
+    parser.received(len(data))
+
+
+def feed(parser: RequestParser, pieces: Iterator[bytes] | Sequence[bytes]) -> list[Parsed]:
+    """Receive pieces as a socket would, and keep a copy of every request at once."""
+    result: list[Parsed] = []
+    for piece in pieces:
+        while piece:
+            space = parser.space()
+            assert len(space) > 0  # a socket that is asked for nothing says that it is at its end
+            count = min(len(space), len(piece))
+            space[:count] = piece[:count]
+            parser.received(count)
+            piece = piece[count:]
+            batch = parser.requests()
+            result += [(*r[:5], None if r[5] is None else bytes(r[5])) for r in batch]
+    return result
+
+
+def size_of(parser: RequestParser) -> int:
+    """The bytes that the parser's buffer has."""
+    return len(parser.space().obj)  # type: ignore[arg-type]
+
+
+# -- what is parsed --------------------------------------------------------------------------------
+
+
+@given(requests, cuts)
+def test_any_split_gives_the_same_requests(sent: list[Sent], cuts: list[int]) -> None:
+    data = b"".join(request.wire() for request in sent)
+    parser = RequestParser(max_payload=LIMIT)
+    assert feed(parser, split(data, cuts)) == [request.parsed() for request in sent]
+    assert not parser.partial
+    assert parser.broken == ""
+
+
+@given(requests, st.integers(0, 4000), cuts)
+def test_what_came_with_the_handshake_counts(sent: list[Sent], early: int, cuts: list[int]) -> None:
+    data = b"".join(request.wire() for request in sent)
+    early %= len(data) + 1
+    parser = RequestParser(data[:early], max_payload=LIMIT)
+    first = [(*r[:5], None if r[5] is None else bytes(r[5])) for r in parser.requests()]
+    assert first + feed(parser, split(data[early:], cuts)) == [r.parsed() for r in sent]
+
+
+def test_more_than_a_buffer_may_come_with_the_handshake() -> None:
+    sent = [write(noise(1000, number), number) for number in range(100)]
+    data = b"".join(request.wire() for request in sent)
+    parser = RequestParser(data[:-1])
+    first = [(*r[:5], bytes(r[5] or b"")) for r in parser.requests()]
+    assert first + feed(parser, [data[-1:]]) == [r.parsed(MAX_PAYLOAD) for r in sent]
+
+
+@given(u16, u16.filter(lambda kind: kind != WRITE), u64, u64, st.integers(0, 2**32 - 1))
+def test_what_the_client_encodes_the_server_decodes(
+    flags: int, kind: int, cookie: int, offset: int, count: int
+) -> None:
+    sent = Sent(flags, kind, cookie, offset, count)
+    encoded = encode_request(kind, cookie, offset, count, flags)
+    assert encoded == sent.wire()
+    assert feed(RequestParser(), [encoded]) == [sent.parsed()]
+
+
+@given(requests, requests, st.integers(0, 2**32 - 1).filter(lambda magic: magic != MAGIC), cuts)
+def test_after_a_wrong_magic_nothing_is_understood(
+    good: list[Sent], more: list[Sent], magic: int, cuts: list[int]
+) -> None:
+    bad = magic.to_bytes(4, "big") + bytes(24)
+    data = b"".join([*(r.wire() for r in good), bad, *(r.wire() for r in more)])
+    parser = RequestParser(max_payload=LIMIT)
+    result: list[Parsed] = []
+    for piece in split(data, cuts):
+        if parser.broken:
+            break  # nobody would receive any more
+        result += feed(parser, [piece])
+    assert result == [request.parsed() for request in good]
+    assert f"{magic:#x}" in parser.broken
+    assert parser.requests() == []
+
+
+@given(requests.filter(len), cuts, st.data())
+def test_partial_says_whether_a_request_has_begun(
+    sent: list[Sent], cuts: list[int], data: st.DataObject
+) -> None:
+    whole = b"".join(request.wire() for request in sent)
+    ends, at = {0}, 0
+    for request in sent:
+        at += len(request.wire())
+        ends.add(at)
+    upto = data.draw(st.integers(0, len(whole)) | st.sampled_from(sorted(ends)))
+    parser = RequestParser(max_payload=LIMIT)
+    feed(parser, split(whole[:upto], cuts))
+    assert parser.partial == (upto not in ends)
+
+
+# -- payloads --------------------------------------------------------------------------------------
+
+
+def test_a_payload_is_a_view_of_the_buffer() -> None:
+    """No copy: what the socket wrote is what the plugin gets."""
+    parser = RequestParser()
+    request = write(noise(500))
+    space = parser.space()
+    put(parser, request.wire())
+    payload = parser.requests()[0][5]
+    assert payload is not None
+    assert payload.obj is space.obj
+
+
+@given(requests, requests, cuts, cuts)
+def test_payloads_live_on_after_detach(
+    before: list[Sent], after: list[Sent], cuts: list[int], more: list[int]
+) -> None:
+    """Whatever comes later, and wherever in a request detach comes."""
+    data = b"".join(request.wire() for request in (*before, *after))
+    parser = RequestParser(max_payload=LIMIT)
+    kept: list[tuple[int, int, int, int, int, memoryview | None]] = []
+    for piece in split(data, cuts):
+        while piece:
+            space = parser.space()
+            count = min(len(space), len(piece))
+            space[:count] = piece[:count]
+            parser.received(count)
+            piece = piece[count:]
+            kept += parser.requests()
+            parser.detach()
+    expected = [request.parsed() for request in (*before, *after)]
+    rest = [write(noise(LIMIT, 99), number) for number in range(400)]
+    late = feed(parser, split(b"".join(r.wire() for r in rest), more))
+    assert late == [request.parsed() for request in rest]
+    assert [(*r[:5], None if r[5] is None else bytes(r[5])) for r in kept] == expected
+
+
+@given(requests, cuts, st.lists(st.booleans(), min_size=40, max_size=40))
+def test_detach_changes_nothing_for_what_follows(
+    sent: list[Sent], cuts: list[int], detach: list[bool]
+) -> None:
+    data = b"".join(request.wire() for request in sent)
+    parser = RequestParser(max_payload=LIMIT)
+    result: list[Parsed] = []
+    for piece, leave in zip(split(data, cuts), detach, strict=False):
+        result += feed(parser, [piece])
+        if leave:
+            parser.detach()
+    assert result == [request.parsed() for request in sent]
+
+
+def test_all_payloads_of_a_batch_are_valid_at_once() -> None:
+    sent = [write(noise(700, number), number) for number in range(60)]
+    parser = RequestParser()
+    put(parser, b"".join(request.wire() for request in sent)[:-1])
+    batch = parser.requests()
+    assert [bytes(request[5] or b"") for request in batch] == [r.payload for r in sent[:-1]]
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def test_an_idle_connection_holds_little() -> None:
+    assert size_of(RequestParser()) == SMALL_BUFFER <= 64 * KIB
+
+
+@pytest.mark.parametrize("count", [1, 4 * KIB, 64 * KIB, 256 * KIB, 3 * MIB])
+def test_a_stream_of_writes_is_held_in_a_bounded_buffer(count: int) -> None:
+    """However the pieces fall; one write that is larger than the buffer gets room for itself."""
+    request = write(noise(count))
+    parser = RequestParser()
+    message = request.wire()
+    stream = message * max(2, 12 * MIB // len(message) if count > 1 else 100_000)
+    largest, done, at, step = 0, 0, 0, 1
+    while at < len(stream):
+        space = parser.space()
+        largest = max(largest, len(space.obj))  # type: ignore[arg-type]
+        taken = min(len(space), len(stream) - at, step)
+        space[:taken] = stream[at : at + taken]
+        parser.received(taken)
+        at += taken
+        step = step * 3 % 999_983 + 20_000
+        for parsed in parser.requests():
+            assert parsed[5] is not None
+            done += parsed[5] == request.payload
+    assert done == len(stream) // len(message)
+    assert largest <= max(LARGE_BUFFER, count + 28)
+
+
+def flood(parser: RequestParser, message: bytes, times: int) -> int:
+    """Receive as much at a time as fits; returns the most requests of one batch."""
+    stream = message * times
+    at = most = 0
+    while at < len(stream):
+        space = parser.space()
+        taken = min(len(space), len(stream) - at)
+        space[:taken] = stream[at : at + taken]
+        parser.received(taken)
+        most = max(most, len(parser.requests()))
+        at += taken
+    return most
+
+
+@pytest.mark.parametrize("count", [4 * KIB, 256 * KIB])
+def test_a_buffer_that_is_always_full_grows(count: int) -> None:
+    """So that a batch is some tens of requests, whatever their size."""
+    parser = RequestParser()
+    message = write(bytes(count)).wire()
+    assert flood(parser, message, 16 * MIB // count) >= min(64, LARGE_BUFFER // len(message))
+    assert SMALL_BUFFER < size_of(parser) <= LARGE_BUFFER
+
+
+def test_a_large_write_does_not_keep_its_buffer() -> None:
+    parser = RequestParser()
+    feed(parser, [write(bytes(16 * MIB)).wire()])
+    assert size_of(parser) <= LARGE_BUFFER
+
+
+def test_a_flood_of_small_requests_gets_a_small_buffer() -> None:
+    """A parsed request is larger than its 28 bytes: 2 MiB of them would be 20 MiB of objects."""
+    small = Sent(0, READ, 1, 0, 1).wire()
+    parser = RequestParser()
+    assert flood(parser, small, 100_000) <= MANY_REQUESTS
+    flood(parser, write(bytes(MIB)).wire(), 8)
+    assert size_of(parser) == LARGE_BUFFER
+    flood(parser, small, 2 * LARGE_BUFFER // 28)
+    assert flood(parser, small, 100_000) <= MANY_REQUESTS
+    assert size_of(parser) == SMALL_BUFFER
+
+
+def test_a_large_write_with_another_behind_it_leaves_no_large_buffer_for_good() -> None:
+    """A client that always has the next request under way must not keep 64 MiB for itself."""
+    parser = RequestParser()
+    data = write(bytes(8 * MIB)).wire()
+    small = Sent(0, READ, 1, 0, 512).wire()
+    feed(parser, [data + small[:5]])
+    for _ in range(10):
+        feed(parser, [small[5:] + small[:5]])
+    assert size_of(parser) <= LARGE_BUFFER
+
+
+def test_an_oversized_payload_is_skipped_not_stored() -> None:
+    parser = RequestParser()
+    count = 40 * LARGE_BUFFER
+    assert count > MAX_PAYLOAD
+    header = Sent(0, WRITE, 5, 0, count).wire()
+    assert feed(parser, [header + bytes(1000)]) == [(0, WRITE, 5, 0, count, None)]
+    left = count - 1000
+    while left:
+        space = parser.space()
+        assert len(space.obj) <= LARGE_BUFFER  # type: ignore[arg-type]
+        taken = min(left, len(space))
+        parser.received(taken)
+        assert parser.requests() == []
+        assert parser.partial == (taken < left)
+        left -= taken
+    sent = Sent(0, READ, 6, 0, 512)
+    assert feed(parser, [sent.wire()]) == [sent.parsed()]
+
+
+def test_the_longest_payload_that_is_taken() -> None:
+    parser = RequestParser()
+    put(parser, Sent(0, WRITE, 5, 0, MAX_PAYLOAD).wire())
+    assert parser.requests() == []
+    left = MAX_PAYLOAD
+    result: list[object] = []
+    while left:
+        taken = min(left, len(parser.space()))
+        parser.received(taken)
+        left -= taken
+        result += [(r[2], len(r[5] or b"")) for r in parser.requests()]
+    assert result == [(5, MAX_PAYLOAD)]
+
+
+def test_after_detach_a_small_buffer_has_room_for_what_is_under_way() -> None:
+    for begun in (0, 1, 27, 28, 100 * KIB):
+        parser = RequestParser()
+        request = write(noise(300 * KIB))
+        feed(parser, [request.wire()[:begun]])
+        parser.detach()
+        assert feed(parser, [request.wire()[begun:]]) == [request.parsed(MAX_PAYLOAD)]
+        assert size_of(parser) <= LARGE_BUFFER
