@@ -1,0 +1,110 @@
+"""What Linux can do with files and block devices that the `os` module has no call for.
+
+fallocate(2) by way of ctypes (loaded when first needed), the ioctls of block devices, and what
+sysfs knows of a disk. Every function raises OSError with the errno of the call; where the system
+has no such call, with EOPNOTSUPP.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Final
+
+KEEP_SIZE: Final = 1
+PUNCH_HOLE: Final = 2
+ZERO_RANGE: Final = 16
+"""Modes of fallocate(2)."""
+
+_fallocate: list[Callable[[int, int, int, int], int]] = []
+
+
+def _load() -> Callable[[int, int, int, int], int]:
+    """libc's fallocate with 64-bit offsets, as a function that returns an errno (0: done)."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    # Where off_t has 32 bits, fallocate64 is the one that takes 64; elsewhere they are the same.
+    found = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
+    if found is None:
+        return lambda fd, mode, offset, count: errno.EOPNOTSUPP
+    found.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    found.restype = ctypes.c_int
+
+    def call(fd: int, mode: int, offset: int, count: int) -> int:
+        return 0 if found(fd, mode, offset, count) == 0 else ctypes.get_errno()
+
+    return call
+
+
+def fallocate(fd: int, mode: int, offset: int, count: int) -> None:
+    """fallocate(2): `mode` is a sum of the constants above, 0 allocates."""
+    if not _fallocate:
+        _fallocate.append(_load())
+    call = _fallocate[0]
+    while (number := call(fd, mode, offset, count)) == errno.EINTR:
+        pass
+    if number:
+        raise OSError(number, os.strerror(number))
+
+
+def _none(number: int) -> int:
+    """_IO(0x12, number): the direction bits of "no argument" differ on a few machines."""
+    unusual = os.uname().machine.startswith(("mips", "ppc", "sparc", "alpha"))
+    return (0x20000000 if unusual else 0) | 0x1200 | number
+
+
+def _ioctl_range(fd: int, number: int, offset: int, count: int) -> None:
+    from fcntl import ioctl
+
+    ioctl(fd, _none(number), struct.pack("QQ", offset, count))
+
+
+def _ioctl_int(fd: int, number: int) -> int:
+    from fcntl import ioctl
+
+    answer: int = struct.unpack("i", ioctl(fd, _none(number), struct.pack("i", 0)))[0]
+    return answer
+
+
+def block_discard(fd: int, offset: int, count: int) -> None:
+    """BLKDISCARD: the block device need not keep these sectors."""
+    _ioctl_range(fd, 119, offset, count)
+
+
+def block_zero(fd: int, offset: int, count: int) -> None:
+    """BLKZEROOUT: these sectors read as zeros, and stay allocated; the kernel may have to write."""
+    _ioctl_range(fd, 127, offset, count)
+
+
+def block_sector_size(fd: int) -> int:
+    """BLKSSZGET: the unit of discarding and zeroing, in bytes (512 where nobody knows)."""
+    try:
+        return _ioctl_int(fd, 104) or 512
+    except OSError:
+        return 512
+
+
+def block_is_read_only(fd: int) -> bool:
+    """BLKROGET: such a device can be opened for writing, and refuses each write."""
+    try:
+        return bool(_ioctl_int(fd, 94))
+    except OSError:
+        return False
+
+
+def is_rotational(device: int) -> bool:
+    """Whether the block device with this number (st_rdev) turns; a partition is as its disk."""
+    folder = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+    for place in ("queue", "../queue"):
+        try:
+            with open(f"{folder}/{place}/rotational", encoding="ascii") as stream:
+                return stream.read().strip() == "1"
+        except OSError:
+            continue
+    return False

@@ -1,0 +1,255 @@
+"""Stable storage: what a server may promise about one file, however many connections write to it.
+
+The kernel reports a page that it could not write back *once per open descriptor*, at the next sync
+of that descriptor, and then forgets it: the next sync succeeds though the data is lost. So
+
+- a failed sync is remembered here, per file (device and inode), for as long as the server runs:
+  every later flush and FUA write fails, on every connection;
+- two syncs never run on one descriptor at the same time, or the first to look would take the error
+  that belongs to the other. Each borrows a descriptor of its own from a small stock that grows
+  with the number that run at once;
+- a write that syncs itself (RWF_DSYNC) says only that it failed: a full disk, after which all is
+  as before, or a lost page? A second descriptor, the witness, which nothing else ever syncs, is
+  asked: its sync fails if and only if the kernel lost something.
+
+See fsync(2), "ERRORS" and "NOTES", and pwritev2(2), "RWF_DSYNC".
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from queue import Empty, SimpleQueue
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+    from ..device import Buffer
+
+UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+"""How a kernel or a filesystem says that it does not know RWF_DSYNC."""
+MOST_DESCRIPTORS: Final = 8
+"""More syncs at a time than this gain nothing (measured on ext4: 8 threads write as much as 16)."""
+
+_RWF_DSYNC: Final = getattr(os, "RWF_DSYNC", 0)
+
+
+def write_all(fd: int, buf: Buffer, offset: int) -> None:
+    """Write the whole of `buf` at `offset`, in as many calls as the kernel needs."""
+    written = os.pwrite(fd, buf, offset)
+    if written == len(buf):
+        return
+    view = memoryview(buf)
+    while written < len(view):
+        more = os.pwrite(fd, view[written:], offset + written)
+        if more == 0:
+            raise OSError(errno.EIO, f"wrote only {written} bytes instead of {len(view)}")
+        written += more
+
+
+def own_descriptor(fd: int, access: int) -> int:
+    """A new open file description of the same file, whatever its name is now. Raises OSError."""
+    return os.open(f"/proc/self/fd/{fd}", access | os.O_CLOEXEC)
+
+
+class StableFile:
+    """One file that is being served; shared by its connections, made by `StableFiles`."""
+
+    def __init__(self) -> None:
+        self.failure = ""
+        """What the first failed sync said; "" while all is well."""
+        self.unsupported: set[int] = set()
+        """The modes of fallocate that this file's filesystem has refused."""
+        self.users = 0
+        self._dsync = bool(_RWF_DSYNC)
+        self._idle: SimpleQueue[int] = SimpleQueue()
+        self._count = 0
+        self._most = MOST_DESCRIPTORS
+        self._witness = -1
+        self._growing = threading.Lock()
+        self._asking = threading.Lock()
+        self._reading = threading.Lock()
+
+    # -- for connections -------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise OSError(EIO) if a sync of this file has ever failed."""
+        if self.failure:
+            raise OSError(
+                errno.EIO,
+                f"an earlier sync of this file failed ({self.failure}): written data may be lost;"
+                " mend the cause, check the data, then restart the server",
+            )
+
+    def sync(self) -> None:
+        """Return when all that was written to the file is stable. Raises OSError."""
+        fd = self._borrow()
+        try:
+            self._fdatasync(fd)
+        finally:
+            self._idle.put(fd)
+
+    def sync_reader(self, fd: int) -> None:
+        """As `sync`, for a connection that reads only, with its own descriptor."""
+        self.check()
+        with self._reading:
+            self._fdatasync(fd)
+
+    def write_through(self, buf: Buffer, offset: int) -> None:
+        """Write the whole of `buf`, and return when it is stable. Raises OSError."""
+        fd = self._borrow()
+        try:
+            if self._dsync and self._write_dsync(fd, buf, offset):
+                return
+            write_all(fd, buf, offset)
+            self._fdatasync(fd)
+        finally:
+            self._idle.put(fd)
+
+    # -- how it is done --------------------------------------------------------------------------
+
+    def _fdatasync(self, fd: int) -> None:
+        try:
+            os.fdatasync(fd)
+        except OSError as error:
+            self._fail(error)
+            raise
+
+    def _write_dsync(self, fd: int, buf: Buffer, offset: int) -> bool:
+        """Write with RWF_DSYNC; False where the filesystem does not have it (remembered)."""
+        written = 0
+        try:
+            written = os.pwritev(fd, (buf,), offset, _RWF_DSYNC)
+            if written < len(buf):
+                view = memoryview(buf)
+                while written < len(view):
+                    more = os.pwritev(fd, (view[written:],), offset + written, _RWF_DSYNC)
+                    if more == 0:
+                        raise OSError(errno.EIO, f"wrote only {written} of {len(view)} bytes")
+                    written += more
+        except OSError as error:
+            if error.errno in UNSUPPORTED and not written:
+                self._dsync = False
+                return False
+            self._ask_witness(error)
+            raise
+        return True
+
+    def _ask_witness(self, error: OSError) -> None:
+        """Find out whether `error`, of a write that syncs itself, was of its sync."""
+        with self._asking:
+            if self.failure:
+                return
+            if self._witness < 0:
+                self._fail(error)
+                return
+            try:
+                os.fdatasync(self._witness)
+            except OSError as lost:
+                self._fail(lost)
+
+    def _fail(self, error: OSError) -> None:
+        self.failure = self.failure or error.strerror or str(error)
+
+    def _borrow(self) -> int:
+        """A descriptor that no other sync uses; to be put back into `_idle`, after `_fail`."""
+        self.check()
+        try:
+            return self._idle.get_nowait()
+        except Empty:
+            pass
+        if self._count < self._most:
+            self._grow()
+        return self._idle.get()
+
+    def _grow(self) -> None:
+        """Double the stock.
+
+        A new descriptor does not report what another one has reported already. So all of them are
+        collected first: then no sync runs, and each that has failed has said so.
+        """
+        with self._growing:
+            if self._count >= self._most or not self._idle.empty():
+                return
+            held = [self._idle.get() for _ in range(self._count)]
+            try:
+                for _ in range(min(self._count, self._most - self._count)):
+                    held.append(own_descriptor(held[0], os.O_RDWR))
+            except OSError:
+                self._most = len(held)  # no more to be had; the others wait their turn
+            finally:
+                self._count = len(held)
+                for fd in held:
+                    self._idle.put(fd)
+
+    # -- for StableFiles -------------------------------------------------------------------------
+
+    def equip(self, fd: int) -> None:
+        """Open the first descriptor and the witness, before anything is written through `fd`."""
+        if self._count:
+            return
+        self._most = MOST_DESCRIPTORS
+        try:
+            first = own_descriptor(fd, os.O_RDWR)
+        except OSError:
+            # No /proc, or no permission any more: one that shares its reports with `fd`, which is
+            # right as long as it is the only one, and every sync goes through it.
+            first = os.dup(fd)
+            self._most = 1
+        else:
+            try:
+                self._witness = own_descriptor(fd, os.O_RDONLY)
+            except OSError:
+                pass
+        self._idle.put(first)
+        self._count = 1
+
+    def strip(self) -> None:
+        """Close the descriptors: nobody uses the file any more."""
+        fds = [self._idle.get() for _ in range(self._count)]
+        if self._witness >= 0:
+            fds.append(self._witness)
+        self._count, self._witness = 0, -1
+        for fd in fds:
+            self.close(fd)
+
+    def close(self, fd: int) -> None:
+        """close(2), which some network filesystems use to report a failed write."""
+        try:
+            os.close(fd)
+        except OSError as error:
+            self._fail(error)
+
+
+class StableFiles:
+    """All files of one plugin, by what they are rather than by their names."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._files: dict[tuple[int, int], StableFile] = {}
+
+    @staticmethod
+    def _key(info: os.stat_result) -> tuple[int, int]:
+        # All nodes of one block device share its page cache.
+        return (-1, info.st_rdev) if stat.S_ISBLK(info.st_mode) else (info.st_dev, info.st_ino)
+
+    def acquire(self, fd: int, info: os.stat_result, writable: bool) -> StableFile:
+        """The file that `fd` is open on; to be given back by `release`."""
+        with self._lock:
+            file = self._files.setdefault(self._key(info), StableFile())
+            if writable:
+                file.equip(fd)
+            file.users += 1
+            return file
+
+    def release(self, file: StableFile, info: os.stat_result) -> None:
+        """A connection has ended. A failure is kept: nothing that comes later undoes it."""
+        with self._lock:
+            file.users -= 1
+            if file.users == 0:
+                file.strip()
+                if not file.failure:
+                    self._files.pop(self._key(info), None)
