@@ -213,7 +213,7 @@ def peer(text: str, parameters: Mapping[str, str]) -> bytes:
 SAME = r"""
 1 255 017 0xff 0XFF 0
 "a""b"1(2)"c"<abc
-1be16:2
+1be16:2 1*2le16:3 @9be32:4
 0 1 2 3 @0x1fe 0x55 0xaa
 0 1 2 3 @^0x200 @-2 le16:0xaa55
 @0x1be 0 0 2 0 0x83 0x20 0x20 0 le32:1 le32:0x7ff @0x1fe 0x55 0xaa
@@ -415,6 +415,7 @@ MISTAKES = [
     ("1\xa02", 1, "no field begins"),
     ("@1T 1", 0, "without a suffix"),
     ("@", 0, "@OFFSET"),
+    ("@+1K", 0, "without a suffix"),
     ("@+-1", 0, "must not be negative"),
     ("1 @-2 2", 2, "goes back before the start: the offset is 1"),
     ("(1 2) (@-1)", 7, "goes back before the start: the offset is 0"),

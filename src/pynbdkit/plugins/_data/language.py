@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 
 _SPACE: Final = r"[ \t\n\r\v\f]*"  # the C locale's, not Unicode's
 _NUMBER: Final = r"(0[xX][0-9a-fA-F]+|[0-9]+)"
+_END: Final = r"(?= [lb]e(?:16|32|64): | (?![0-9A-Za-z_.]))"  # of a number: a word may follow
 _TOKEN: Final = re.compile(
     rf"""
       (?P<space>   [ \t\n\r\v\f]+ | \#[^\n]* )
-    | (?P<byte>    {_NUMBER} (?= [lb]e(?:16|32|64): | (?![0-9A-Za-z_.]) ) )
+    | (?P<byte>    {_NUMBER} {_END} )
     | (?P<word>    ([lb])e(16|32|64): \+? {_NUMBER} (?![0-9A-Za-z_.]) )
     | (?P<string>  " [^"\\]* (?: \\. [^"\\]* )* " )
-    | (?P<move>    @ ([-+^]?) {_SPACE} {_NUMBER} (?![0-9A-Za-z_.]) )
+    | (?P<move>    @ ([-+^]?) {_SPACE} {_NUMBER} {_END} )
     | (?P<open>    \( )
     | (?P<close>   \) )
-    | (?P<repeat>  \* {_SPACE} {_NUMBER} (?![0-9A-Za-z_.]) )
+    | (?P<repeat>  \* {_SPACE} {_NUMBER} {_END} )
     | (?P<slice>   \[ {_SPACE} {_NUMBER}? {_SPACE} : {_SPACE} {_NUMBER}? {_SPACE} \] )
     | (?P<assign>  -> {_SPACE} \\([0-9A-Za-z_-]+) )
     | (?P<name>    \\ ([0-9A-Za-z_-]+) )
@@ -58,7 +59,7 @@ _HINTS: Final = (  # what a text that is no field may have been meant to be
         "a word is a decimal, octal (0...) or hexadecimal (0x...) number right after the colon",
     ),
     (r"[lb]e", 'expected "le16:", "le32:", "le64:", "be16:", "be32:" or "be64:"'),
-    (r"@[-+^]?" + _SPACE + "[-+]", "the number after @ must not be negative (back is @-N)"),
+    (r"@[-+^]" + _SPACE + "[-+]", "the number after @ must not be negative (back is @-N)"),
     (r"@", "expected @OFFSET, @+N, @-N or @^ALIGNMENT: a number of bytes, without a suffix"),
     (r"\*" + _SPACE + "-", "the N of *N must not be negative"),
     (r"\*", "expected *N: how many times, without a suffix"),
