@@ -15,6 +15,7 @@ Filters see the Layer below them as `next`; the server sees the outermost one.
 from __future__ import annotations
 
 import errno
+from operator import index
 
 from .device import Device
 from .errors import OpenError
@@ -93,7 +94,7 @@ def exactly(data: Buffer, count: int) -> Buffer:
 def check_block_size(answer: object, where: str) -> tuple[int, int, int]:
     """A plugin's block sizes, checked (nbdkit-plugin(3), ".block_size"). Raises OpenError."""
     try:
-        minimum, preferred, maximum = (int(number) for number in answer)  # type: ignore[attr-defined]
+        minimum, preferred, maximum = map(index, answer)  # type: ignore[call-overload]
     except (TypeError, ValueError):
         raise OpenError(
             f"{where}: block_size returned {answer!r}, not (minimum, preferred, maximum)"
@@ -109,7 +110,8 @@ def check_block_size(answer: object, where: str) -> tuple[int, int, int]:
          "preferred must be a power of 2 between 512 and 32M"),
         (minimum <= preferred <= maximum <= 0xFFFFFFFF,
          "minimum <= preferred <= maximum <= 4G - 1"),
-        (maximum == 0xFFFFFFFF or maximum % minimum == 0, "maximum must be a multiple of minimum"),
+        (maximum == 0xFFFFFFFF or maximum % (minimum or 1) == 0,
+         "maximum must be a multiple of minimum"),
     )  # fmt: skip
     for holds, rule in rules:
         if not holds:
