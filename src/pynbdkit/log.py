@@ -105,8 +105,9 @@ def exception(message: str, failure: BaseException) -> None:
     if place is None:
         return
     file = place.tb_frame.f_code.co_filename
-    if isinstance(failure, OSError) and _is_ours(file) and not verbose:
-        return  # raised by us on purpose: the line says it all
+    ours = isinstance(failure, OSError) and _is_ours(file)
+    if (ours or isinstance(failure, PynbdkitError)) and not verbose:
+        return  # raised on purpose: the line says it all
     key = (type(failure), file, place.tb_lineno)
     if key in _seen and not verbose:
         return
