@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pynbdkit import log
+from pynbdkit import Device, Layer, OpenError, Session, log
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +127,6 @@ def test_verbose_shows_every_traceback(capsys: Capture, monkeypatch: pytest.Monk
 
 def test_what_we_raise_on_purpose_has_no_traceback(capsys: Capture) -> None:
     """An OSError of ours says it all; a plugin's own may need its place."""
-    from pynbdkit.session import Session
 
     def ours() -> None:
         Session(stopping=lambda _: True).sleep(1)
@@ -139,6 +138,36 @@ def test_what_we_raise_on_purpose_has_no_traceback(capsys: Capture) -> None:
     assert "Traceback" not in capsys.readouterr().err
     log.exception("pwrite", failure(theirs))
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_what_the_operator_can_mend_has_no_traceback(capsys: Capture) -> None:
+    """Wherever it was raised: its text is the whole message, without the name of its class."""
+
+    def theirs() -> None:
+        raise OpenError("disk: no pread")
+
+    log.exception("open 'x'", failure(theirs))
+    assert capsys.readouterr().err == "pynbdkit: error: open 'x': disk: no pread\n"
+
+
+def test_how_we_got_there_is_left_out(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plugin's author sees the plugin's frames; with --verbose all of them."""
+
+    class Broken(Device):
+        def get_size(self) -> int:
+            raise ZeroDivisionError("by zero")
+
+    ask = Layer(Broken(), Session(), "broken").get_size
+    trace = failure(ask)
+    assert trace.__traceback__ is not None
+    trace.__traceback__ = trace.__traceback__.tb_next  # without this test's own frame
+    log.exception("open", trace)
+    shown = capsys.readouterr().err
+    assert "complete.py" not in shown
+    assert 'raise ZeroDivisionError("by zero")' in shown
+    monkeypatch.setattr(log, "verbose", True)
+    log.exception("open", trace)
+    assert "complete.py" in capsys.readouterr().err
 
 
 def test_exception_that_was_never_raised(capsys: Capture) -> None:
@@ -175,9 +204,21 @@ def test_describe(raised: BaseException, words: str) -> None:
 def test_null(capsys: Capture) -> None:
     log.use("null")
     log.error("nobody hears")
+    log.exception("nobody hears", failure())
     log.use("stderr")
     log.error("heard")
     assert capsys.readouterr().err == "pynbdkit: error: heard\n"
+
+
+@pytest.mark.parametrize("destination", ["null", "syslog", "stderr"])
+def test_debug_messages_go_to_stderr(
+    destination: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever errors go (nbdkit-service(1), "Logging")."""
+    monkeypatch.setattr(log, "verbose", True)
+    log.use(destination)
+    log.debug("heard")
+    assert capsys.readouterr().err == "pynbdkit: debug: heard\n"
 
 
 def test_syslog(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

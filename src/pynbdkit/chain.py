@@ -8,6 +8,7 @@ all below it ready (nbdkit-filter(3)). `open` makes the stack of `Layer`s for a 
 from __future__ import annotations
 
 from .complete import Layer
+from .device import Device
 from .errors import ConfigError, OpenError
 from .flags import ThreadModel
 
@@ -114,9 +115,16 @@ class Chain:
                 return self.plugin.list_exports(readonly, is_tls)
             return self.filters[index].list_exports(lambda: below(index + 1), readonly, is_tls)
 
+        answer = below(0)
+        if isinstance(answer, (str, bytes)) or not hasattr(answer, "__iter__"):
+            raise OpenError(f"list_exports returned {answer!r}, not a list of names")
         result = []
-        for item in below(0):
-            name, description = (item, "") if isinstance(item, str) else item
+        for item in answer:
+            pair = (item, "") if isinstance(item, str) else item
+            try:
+                name, description = pair
+            except (TypeError, ValueError):
+                name = None
             if not isinstance(name, str) or not isinstance(description or "", str):
                 raise OpenError(f"list_exports: {item!r} is neither a name nor (name, description)")
             result.append((name, description or ""))
@@ -144,7 +152,7 @@ class Chain:
 
         def open_at(index: int, session: Session) -> Layer:
             if index == len(self.filters):
-                device = self.plugin.open(session)
+                device = _opened(self.plugin.open(session), self.name)
                 if device.blocking is None and self.plugin.blocking is not None:
                     device.blocking = self.plugin.blocking
                 layer = Layer(device, session, self.name)
@@ -156,7 +164,7 @@ class Chain:
                     below.append(open_at(index + 1, session))
                     return below[-1]
 
-                device = filter.open(next_open, session)
+                device = _opened(filter.open(next_open, session), filter.name)
                 if not below:
                     raise OpenError(f"{filter.name}: open did not open the next layer")
                 if device.blocking is None:
@@ -172,6 +180,12 @@ class Chain:
             for layer in opened:
                 _all([layer.close])
             raise
+
+
+def _opened(device: object, where: str) -> Device:
+    if not isinstance(device, Device):
+        raise OpenError(f"{where}: open returned {device!r}, not a Device")
+    return device
 
 
 def _all(calls: Iterable[object]) -> list[Exception]:
