@@ -214,6 +214,7 @@ class ReplyParser:
             if body or not done:
                 raise ProtocolError("chunk of type NONE with data, or not the last")
             return Reply(cookie, done, kind)
+        command, start, count = request
         if kind & REPLY_TYPE_FLAG_ERROR:
             error, length = _ERROR.unpack_from(body)
             message = body[6 : 6 + length].decode("utf-8", "replace")
@@ -221,12 +222,15 @@ class ReplyParser:
             offset = _OFFSET.unpack(rest)[0] if kind == REPLY_TYPE_ERROR_OFFSET else 0
             if len(body) < 6 + length or not error or (kind == REPLY_TYPE_ERROR and rest):
                 raise ProtocolError(f"error chunk of {len(body)} bytes, message of {length}")
+            if kind == REPLY_TYPE_ERROR_OFFSET and not start <= offset < start + count:
+                raise ProtocolError(f"error at {offset}, outside of the request")
             return Reply(cookie, done, kind, error, message, offset)
-        command, start, count = request
         if kind == REPLY_TYPE_BLOCK_STATUS:
             if command != CMD_BLOCK_STATUS or len(body) < 12 or (len(body) - 4) % 8:
                 raise ProtocolError(f"block status chunk of {len(body)} bytes")
             pairs = tuple(_STATUS.iter_unpack(body[4:]))
+            if not all(pair[0] for pair in pairs):
+                raise ProtocolError("block status with an extent of no bytes")
             return Reply(cookie, done, kind, context=int.from_bytes(body[:4], "big"), extents=pairs)
         if kind not in (REPLY_TYPE_OFFSET_DATA, REPLY_TYPE_OFFSET_HOLE):
             raise ProtocolError(f"chunk of unknown type {kind}")
