@@ -83,7 +83,7 @@ REPEATED: Final = frozenset(("debug", "filter", "ipaddr"))
 NOT_SUPPORTED: Final = frozenset(
     ("oldstyle", "selinux_label", "swap", "tls_certificates", "tls_psk", "tls_verify_peer", "vsock")
 )
-CHOICES: Final = {"log": ("stderr", "syslog", "null"), "tls": ("off", "on", "require")}
+LOGS: Final = ("stderr", "syslog", "null")
 NOT_EMPTY: Final = ("pidfile", "port", "unix")
 
 USAGE: Final = """\
@@ -196,8 +196,10 @@ def _find_long(name: str) -> Option:
 
 def _set(result: CommandLine, option: Option, value: object) -> None:
     key = option.key
-    if key in CHOICES and value not in CHOICES[key]:
-        raise UsageError(f"{option.names[-1]}={value}: must be one of {', '.join(CHOICES[key])}")
+    if key == "log" and value not in LOGS:
+        raise UsageError(f"--log={value}: must be one of {', '.join(LOGS)}")
+    if key == "tls":
+        value = _tls(value)
     if key in NOT_EMPTY and not value:
         raise UsageError(f"option '{option.names[0]}' needs a value that is not empty")
     if key in REPEATED:
@@ -208,6 +210,18 @@ def _set(result: CommandLine, option: Option, value: object) -> None:
         result.options.pop("ipv6", None)
     elif key == "ipv6":
         result.options.pop("ipv4", None)
+
+
+def _tls(value: object) -> str:
+    """off, on or require; the peer takes any boolean, too."""
+    from ..parse import parse_bool
+
+    if value == "require":
+        return "require"
+    try:
+        return "on" if parse_bool(str(value)) else "off"
+    except ValueError:
+        raise UsageError(f"--tls={value}: must be one of off, on, require") from None
 
 
 def usage() -> str:
