@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pynbdkit.protocol.errors import ProtocolError
@@ -63,7 +63,9 @@ def test_encoded_bytes() -> None:
     )
 
 
-@given(st.text(st.characters(codec=None, categories=None), max_size=3000))
+@example("x" * 4095 + "\u00e9")
+@example("\U0001f600" * 2000)
+@given(st.text(st.characters(codec=None, categories=None), max_size=300))
 def test_a_message_is_whole_utf8_of_a_bounded_length(text: str) -> None:
     """Whatever an exception says: surrogates, or a cut in the middle of a character."""
     body = encode_error(1, EIO, text)[20:]
