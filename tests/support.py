@@ -1,4 +1,4 @@
-"""What the tests share: our server and the peers as processes, a clear word where one is missing."""
+"""What the tests share: our server and the peers as processes, a clear word where one lacks."""
 
 from __future__ import annotations
 
