@@ -216,7 +216,7 @@ def test_probabilities(text: str, value: float) -> None:
     "text",
     [
         *words("% x 1%% 2 101% -1 -1% 2:1 1:0 0:0 : 1: :1 1:2:3 1:50% nan inf -inf 1_0% 0x1 1e999"),
-        *("", "50 %", "\uff11", "1e"),
+        *("", "50 %", "\uff11", "1e", "1:1e999"),
     ],
 )
 def test_no_probabilities(text: str) -> None:

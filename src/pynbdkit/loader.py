@@ -12,10 +12,12 @@ import os
 import sys
 
 from .errors import LoadError
+from .log import describe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import ModuleType
+    from typing import Any
 
     from .filter import Filter
     from .plugin import Plugin
@@ -43,8 +45,7 @@ def load_filter(name: str) -> Filter:
         kind = _class_in(module, Filter, name)
         if kind is None:
             raise LoadError(f"{name}: defines no subclass of pynbdkit.Filter")
-        found = kind()
-        found.name = found.name or _stem(name)
+        found = _make(kind, name, _stem(name))
     else:
         found = _find("filter", name, Filter)
     assert isinstance(found, Filter)
@@ -85,9 +86,17 @@ def _find(kind: str, name: str, base: type) -> object:
                 f"cannot open {kind} '{name}': no such {kind}"
                 f" (there are: {', '.join(names(kind))}; a file needs its path: ./{name})"
             )
-    instance = found()
-    instance.name = instance.name or name
-    return instance
+    return _make(found, name, name)
+
+
+def _make(kind: type, where: str, name: str) -> Any:
+    """An instance, called `name` unless its class says otherwise. Raises LoadError in one line."""
+    try:
+        made = kind()
+    except Exception as failure:
+        raise LoadError(f"{where}: {kind.__name__}: {describe(failure)}") from None
+    made.name = made.name or name
+    return made
 
 
 def _entry_point(kind: str, name: str, base: type) -> type | None:
@@ -105,14 +114,14 @@ def _entry_point(kind: str, name: str, base: type) -> type | None:
 
 
 def _class_in(module: ModuleType, base: type, where: str) -> type | None:
-    found = [
-        value
+    found = {  # each once, for a class may have another name as well
+        value: None
         for value in vars(module).values()
         if isinstance(value, type)
         and issubclass(value, base)
         and value.__module__ == module.__name__
         and not value.__name__.startswith("_")
-    ]
+    }
     # Of a class and its subclass in one file, the last in line is the one that is meant.
     leaves = [
         c for c in found if not any(other is not c and issubclass(other, c) for other in found)
@@ -151,8 +160,7 @@ def plugin_from_python_file(path: str) -> Plugin:
     module = load_module(path)
     kind = _class_in(module, Plugin, path)
     if kind is not None:
-        found = kind()
-        found.name = found.name or _stem(path)
+        found = _make(kind, path, _stem(path))
         assert isinstance(found, Plugin)
         return found
     return ScriptPlugin(path, module)
