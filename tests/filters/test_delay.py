@@ -268,9 +268,13 @@ class Waiting(pynbdkit.Filter):
         return Reads(below)
 
 
-def test_orderly_close_waits(nbd: Any) -> None:
+BOTH_FAMILIES = pytest.mark.parametrize("tcp", [None, ("127.0.0.1", 0)], ids=["unix", "tcp"])
+
+
+@BOTH_FAMILIES
+def test_orderly_close_waits(nbd: Any, tcp: tuple[str, int] | None) -> None:
     """A client that says goodbye waits for the server, which waits."""
-    with pynbdkit.serve(Disk, filters=[DelayFilter(delay_close="300ms")]) as server:
+    with pynbdkit.serve(Disk, filters=[DelayFilter(delay_close="300ms")], tcp=tcp) as server:
         client = nbd.NBD()
         client.connect_uri(server.uri)
         start = time.monotonic()
@@ -278,7 +282,8 @@ def test_orderly_close_waits(nbd: Any) -> None:
         assert time.monotonic() - start >= 0.3
 
 
-def test_a_client_that_is_gone_is_not_waited_for(nbd: Any) -> None:
+@BOTH_FAMILIES
+def test_a_client_that_is_gone_is_not_waited_for(nbd: Any, tcp: tuple[str, int] | None) -> None:
     """Neither its close nor its requests hold the connection's resources."""
     closed = threading.Event()
 
@@ -287,7 +292,7 @@ def test_a_client_that_is_gone_is_not_waited_for(nbd: Any) -> None:
             closed.set()
 
     delay = DelayFilter(delay_close=FOREVER, delay_read=FOREVER)
-    with pynbdkit.serve(Closes, filters=[delay]) as server:
+    with pynbdkit.serve(Closes, filters=[delay], tcp=tcp) as server:
         client = nbd.NBD()
         client.connect_uri(server.uri)
         client.aio_pread(nbd.Buffer(512), 0)

@@ -260,6 +260,21 @@ def test_a_whole_session(nbd: Any, sockdir: Path) -> None:
     ]
 
 
+def test_from_the_command_line(
+    serve: Callable[..., support.ServerProcess], connect: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Between two other filters: what the first made of a request, not yet the second."""
+    log = tmp_path / "log"
+    layers = ("--filter=fua", "--filter=log", "--filter=delay")
+    server = serve(*layers, "memory", "1M", "fuamode=force", f"logfile={log}", "wdelay=1ms")
+    connect(server).pwrite(b"x" * 512, 0)
+    server.stop()
+    assert [line for line in lines(log) if "Write" in line] == [
+        "connection=1 Write id=1 offset=0x0 count=0x200 fua=1 ...",
+        "connection=1 ...Write id=1 return=0",
+    ]
+
+
 def test_read_only_session(nbd: Any, sockdir: Path) -> None:
     path = sockdir / "log"
     log = LogFilter(logfile=str(path))
