@@ -24,7 +24,7 @@ from .flags import CacheMode, Flag, Fua, ZeroMode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any, Final
 
     from .device import Buffer
@@ -294,6 +294,20 @@ class Layer:
         if own is None or below is None:
             return None
         return False
+
+    def pwrite_group(self) -> Callable[[Sequence[tuple[Buffer, int]]], bool] | None:
+        """The device's own way to write several buffers with FUA; None where there is none.
+
+        A filter hides it unless it leaves pwrite and FUA alone, or has a way of its own.
+        """
+        if self.can_fua() == Fua.NONE:
+            return None
+        own = self.own("pwrite_group")
+        if self.next is not None:
+            if own is not None or self.own("pwrite") or self.own("can_fua"):
+                return own
+            return self.next.pwrite_group()
+        return own if self.can_fua() == Fua.NATIVE and not self.own("pwrite_fua") else None
 
     def close(self) -> None:
         """Close the device, then the layers below, each once, whatever one of them raises."""

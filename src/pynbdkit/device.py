@@ -13,7 +13,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from typing import Any
 
     Buffer = Any  # bytes, bytearray, memoryview, mmap: whatever gives contiguous bytes
@@ -97,6 +97,15 @@ class Device:
 
     def pwrite(self, buf: Buffer, offset: int, flags: int) -> None:
         """Write the whole of `buf` (a memoryview, valid during the call only). Flag: FUA."""
+        raise NotImplementedError
+
+    def pwrite_group(self, writes: Sequence[tuple[Buffer, int]]) -> bool:
+        """Write several (buf, offset) with FUA at once: optional, for devices with native FUA.
+
+        Return True when all of them are on stable storage. Return False, with nothing written,
+        where a pwrite with FUA for each is better: then each is written by pwrite. If it raises,
+        each is written again by pwrite, so that the client learns which of them failed.
+        """
         raise NotImplementedError
 
     def flush(self, flags: int) -> None:

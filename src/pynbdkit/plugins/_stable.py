@@ -34,6 +34,11 @@ UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSY
 MOST_DESCRIPTORS: Final = 8
 """More syncs at a time than this gain nothing (measured on ext4: 8 threads write as much as 16)."""
 
+FEW_DIRTY: Final = 1 << 20
+"""Bytes that a sync of the whole file may have to write besides what it is for."""
+PAID_EACH: Final = 128 << 10
+"""Dirty bytes whose writing costs about what a write costs more by itself than in a group."""
+
 _RWF_DSYNC: Final = getattr(os, "RWF_DSYNC", 0)
 
 
@@ -64,6 +69,8 @@ class StableFile:
         self.unsupported: set[int] = set()
         """The modes of fallocate that this file's filesystem has refused."""
         self.users = 0
+        self.dirty = 0
+        """About how many bytes a sync of the whole file would have to write (see `group`)."""
         self._dsync = bool(_RWF_DSYNC)
         self._idle: SimpleQueue[int] = SimpleQueue()
         self._count = 0
@@ -87,6 +94,7 @@ class StableFile:
     def sync(self) -> None:
         """Return when all that was written to the file is stable. Raises OSError."""
         fd = self._borrow()
+        self.dirty = 0
         try:
             self._fdatasync(fd)
         finally:
@@ -101,6 +109,7 @@ class StableFile:
     def write_through(self, buf: Buffer, offset: int) -> None:
         """Write the whole of `buf`, and return when it is stable. Raises OSError."""
         fd = self._borrow()
+        self.dirty -= PAID_EACH
         try:
             if self._dsync and self._write_dsync(fd, buf, offset):
                 return
@@ -108,6 +117,15 @@ class StableFile:
             self._fdatasync(fd)
         finally:
             self._idle.put(fd)
+
+    def group(self) -> bool:
+        """Whether several writes with FUA are cheaper as plain writes and one sync of the file.
+
+        The sync also writes what others left dirty, so not while that is much. But a file that
+        stays dirty would then never be grouped again: each write with FUA that is made stable by
+        itself counts as if it had paid for a part of it.
+        """
+        return self.dirty <= FEW_DIRTY or not self._dsync
 
     # -- how it is done --------------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ class Exports(ExportSource):
         try:
             with self._server.control_lock:
                 return self._server.chain.list_exports(self._session.readonly, self._session.is_tls)
-        except Exception as failure:
+        except BaseException as failure:  # a script may even call sys.exit()
             log.exception("list_exports", failure)
             raise HandshakeError(REP_ERR_UNKNOWN, "the exports cannot be listed") from None
 
@@ -73,7 +73,7 @@ class Exports(ExportSource):
                 return self._open(name)
         except HandshakeError:
             raise
-        except Exception as failure:
+        except BaseException as failure:
             log.exception(f"open {name!r}", failure)
             self.close()
             code = REP_ERR_POLICY if isinstance(failure, PermissionError) else REP_ERR_UNKNOWN
@@ -111,7 +111,7 @@ class Exports(ExportSource):
         if layer is not None:
             try:
                 layer.close()
-            except Exception as failure:
+            except BaseException as failure:
                 log.exception("close", failure)
 
 
@@ -150,6 +150,7 @@ class Connection:
         self._number = number
         self._transmission: Transmission | None = None
         self._ending = False
+        self._killed = False
         self.session = Session(
             readonly=server.readonly,
             peer_name=_peer_name(sock),
@@ -185,9 +186,20 @@ class Connection:
 
     def kill(self) -> None:
         """End at once (from any thread)."""
-        self._ending = True
+        self._ending = self._killed = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
+
+    def cut_off(self) -> bool:
+        """End a connection that waits for its client; whether the client does not take replies.
+
+        One whose requests run is let be: it ends after them.
+        """
+        sending = self._transmission is not None and self._transmission.sending
+        if self._killed or not (sending or self._transmission is None):
+            return False
+        self.kill()
+        return sending
 
     def _live(self) -> None:
         server = self._server
@@ -197,7 +209,7 @@ class Connection:
         try:
             with server.control_lock:
                 server.chain.preconnect(server.readonly)
-        except Exception as failure:
+        except BaseException as failure:
             log.exception("preconnect", failure)
             return
         exports = Exports(server, self.session)
@@ -286,8 +298,10 @@ class Connection:
         import select
 
         poll = select.poll()
+        # Over TCP a client that closes is no hang-up; but our own `stop` looks just like it.
+        gone = 0 if self._ending else getattr(select, "POLLRDHUP", 0)
         try:
-            poll.register(self._sock, select.POLLHUP | select.POLLERR)
+            poll.register(self._sock, select.POLLHUP | select.POLLERR | gone)
             return bool(poll.poll(0))
         except (OSError, ValueError):
             return True

@@ -11,7 +11,7 @@ import threading
 from time import perf_counter
 
 from .. import log
-from ..protocol.constants import CMD_DISC, CMD_READ, MAX_PAYLOAD
+from ..protocol.constants import CMD_DISC, CMD_FLAG_FUA, CMD_READ, CMD_WRITE, MAX_PAYLOAD
 from ..session import set_current
 
 TYPE_CHECKING = False
@@ -33,6 +33,10 @@ MANY_REPLIES: Final = 512
 """A worker waits to send when this many pieces are ready."""
 SAMPLE: Final = 256
 """Calls after which it is judged whether dispatching pays."""
+
+
+LEAD: Final = "lead"
+"""In the queue: a worker is to lead (`Crew._lead`)."""
 
 
 class Disconnect(Exception):
@@ -57,15 +61,20 @@ class Crew:
         self._left_behind = 0  # threads that were readers, in calls that take long
         self._bytes = 0
         self._inflight = 0
+        self._held: list[tuple[Request, int]] = []  # writes with FUA that wait for the leader
+        self._leading = False
         self._closed = False
         self._calls = 0
         self._seconds = 0.0
 
-    def dispatch(self, requests: Sequence[Request | None]) -> None:
+    def dispatch(self, requests: Sequence[Request | None], grouped: bool = True) -> None:
         """Queue requests, waiting while too much is in flight. Raises Disconnect for DISC.
 
         None marks the end of a batch that another reader has left behind, and is passed over.
+        Where the device can make writes with FUA stable together, they wait for the worker that
+        leads (`_lead`), unless `grouped` is False.
         """
+        grouped = grouped and self._transmission.groups
         for request in requests:
             if request is None:
                 continue
@@ -91,7 +100,14 @@ class Crew:
                 wanted = self._inflight > self._workers and threads < self._limit
                 if wanted:
                     self._workers += 1
-            self._queue.put((request, weight))
+            if grouped and kind == CMD_WRITE and flags == CMD_FLAG_FUA and payload is not None:
+                with self._lock:
+                    self._held.append((request, weight))
+                    leads, self._leading = not self._leading, True
+                if leads:
+                    self._queue.put(LEAD)
+            else:
+                self._queue.put((request, weight))
             if wanted and not self._start(self._work):
                 with self._lock:
                     self._workers -= 1
@@ -105,6 +121,11 @@ class Crew:
         with self._lock:
             self._left_behind += 1
         return True
+
+    @property
+    def working(self) -> bool:
+        """Whether any request that was dispatched is not answered yet."""
+        return self._inflight > 0
 
     def came_back(self) -> None:
         """A call that was left behind has ended."""
@@ -136,9 +157,14 @@ class Crew:
             item = get()
             if item is None:
                 self._queue.put(None)
+                if self._queue.qsize() > 1:
+                    continue  # a leader has handed something back meanwhile
                 return
             if self._left_behind and self._retire(item):
                 return
+            if item is LEAD:
+                self._lead()
+                continue
             (flags, kind, cookie, offset, count, payload), weight = item
             started = perf_counter()
             try:
@@ -152,16 +178,44 @@ class Crew:
                 transmission.end(str(error))
                 transmission.hang_up()
                 seconds = 0.0
+            self._done(1, weight, seconds)
+
+    def _lead(self) -> None:
+        """Make writes with FUA stable together, those that came during a sync by the next one."""
+        transmission = self._transmission
+        while True:
             with self._lock:
-                self._bytes -= weight
-                self._inflight -= 1
-                self._seconds += seconds
-                self._calls += 1
-                if self._calls >= SAMPLE:
-                    if self._seconds < QUICK_CALL * self._calls and not self._left_behind:
-                        transmission.calls_are_quick()
-                    self._calls, self._seconds = 0, 0.0
-                self._lock.notify()
+                held, self._held = self._held, []
+                if not held:
+                    self._leading = False
+                    return
+            started = perf_counter()
+            try:
+                together = transmission.run_group([request for request, _ in held])
+                transmission.send_ready()
+            except (OSError, MemoryError) as error:
+                transmission.end(str(error))
+                transmission.hang_up()
+                together = True
+            if together:
+                seconds = perf_counter() - started
+                self._done(len(held), sum(weight for _, weight in held), seconds)
+            else:
+                for item in held:
+                    self._queue.put(item)
+
+    def _done(self, count: int, weight: int, seconds: float) -> None:
+        """`count` requests were answered, after `seconds` in their calls."""
+        with self._lock:
+            self._bytes -= weight
+            self._inflight -= count
+            self._seconds += seconds
+            self._calls += count
+            if self._calls >= SAMPLE:
+                if self._seconds < QUICK_CALL * self._calls and not self._left_behind:
+                    self._transmission.calls_are_quick()
+                self._calls, self._seconds = 0, 0.0
+            self._lock.notify()
 
     def _retire(self, item: object) -> bool:
         """Hand `item` back and end: with the calls left behind we are more than the limit."""

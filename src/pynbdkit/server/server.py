@@ -10,8 +10,10 @@ from __future__ import annotations
 import errno
 import os
 import select
+import signal
 import socket
 import threading
+import time
 
 from .. import log
 from ..session import stops
@@ -24,8 +26,11 @@ if TYPE_CHECKING:
 
     from ..chain import Chain
 
+SLICE = 0.1
+"""Seconds between looks for a signal, while connections end."""
 STOP_PATIENCE = 10.0
-"""Seconds that clients get, after `stop`, to take the replies that are due."""
+"""Seconds that clients get, after `stop`, to take the replies that are due. Requests that run are
+waited for, however long they take."""
 
 
 class Server:
@@ -54,6 +59,7 @@ class Server:
         self.connection_lock, self.request_lock, self.control_lock = needs_lock(self.thread_model)
         self.watch = Watch()
         self.stopping = threading.Event()
+        self._asked = False
         self._listeners = list(listeners)
         self._connections: set[Connection] = set()
         self._none_left = threading.Condition()
@@ -66,14 +72,25 @@ class Server:
     # -- starting and stopping -------------------------------------------------------------------
 
     def start(self) -> None:
-        """Accept connections in a thread of its own; returns at once."""
-        self._thread = threading.Thread(target=self._accept_all, name="accept", daemon=True)
+        """`run` in a thread of its own; returns at once."""
+        self._thread = threading.Thread(target=self.run, name="accept", daemon=True)
         self._thread.start()
 
     def run(self) -> None:
         """Accept connections until `stop`, then end everything in order."""
-        self._accept_all()
-        self._end()
+        # A signal that the kernel hands to another thread has to wake this one all the same.
+        in_main = threading.current_thread() is threading.main_thread()
+        before = signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False) if in_main else 0
+        try:
+            self._accept_all()
+        finally:
+            self.stopping.set()
+            try:
+                self._end()
+            finally:
+                if in_main:
+                    signal.set_wakeup_fd(before)
+                self._close_wake()
 
     def serve_one(self, sock: socket.socket) -> None:
         """Serve a single connection, then end everything (-s)."""
@@ -83,7 +100,7 @@ class Server:
 
     def stop(self) -> None:
         """Ask the server to stop; safe in a signal handler and from any thread."""
-        self.stopping.set()
+        self._asked = True  # a handler must not take the event's lock: we may be holding it
         try:
             os.write(self._wake_write, b"x")
         except OSError:
@@ -94,8 +111,6 @@ class Server:
         self.stop()
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
-            self._end()
 
     def forget(self, connection: Connection) -> None:
         """A connection has ended."""
@@ -118,17 +133,25 @@ class Server:
         for connection in open_ones:
             connection.stop()
         with self._none_left:
-            if not self._none_left.wait_for(lambda: not self._connections, STOP_PATIENCE):
-                log.warning(
-                    f"{len(self._connections)} client(s) do not take their replies: cut off"
-                )
-                for connection in self._connections:
-                    connection.kill()
-                self._none_left.wait_for(lambda: not self._connections, STOP_PATIENCE)
+            while not self._wait_for_none(STOP_PATIENCE):
+                stuck = sum(connection.cut_off() for connection in self._connections)
+                if stuck:
+                    log.warning(f"{stuck} client(s) do not take their replies: cut off")
+                else:
+                    log.debug(f"{len(self._connections)} connection(s) have requests running")
         self.watch.close()
         stops.remove(self.stop)
         for failure in [*self.chain.cleanup(), *self.chain.unload()]:
             log.exception("cleanup", failure)
+
+    def _wait_for_none(self, seconds: float) -> bool:
+        """Wait until no connection is left, in slices: a second signal is to be noticed."""
+        deadline = time.monotonic() + seconds
+        while self._connections and time.monotonic() < deadline:
+            self._none_left.wait(SLICE)
+        return not self._connections
+
+    def _close_wake(self) -> None:
         read, write = self._wake_read, self._wake_write
         self._wake_read = self._wake_write = -1  # a later `stop` must not write to a reused one
         os.close(read)
@@ -143,8 +166,11 @@ class Server:
         for listener in self._listeners:
             listener.setblocking(False)
             poll.register(listener, select.POLLIN)
-        while not self.stopping.is_set():
+        while not self._asked:
             for fd, _ in poll.poll():
+                if fd == self._wake_read:
+                    os.read(fd, 4096)  # of a signal that did not stop us, perhaps
+                    continue
                 listener = by_fd.get(fd)  # type: ignore[assignment]
                 if listener is not None:
                     self._accept(listener)
@@ -155,20 +181,24 @@ class Server:
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
         except OSError as error:
+            if error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
+                raise  # not a listening socket: this does not mend itself
             log.error(f"accept: {error.strerror}")
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self.stopping.wait(0.1)  # a connection that ends makes room
-                return
-            raise
+            time.sleep(SLICE)  # a connection that ends makes room; networks come back
+            return
+        connection = None
         try:
             sock.setblocking(True)
             if sock.family in (socket.AF_INET, socket.AF_INET6):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            self._admit(sock).thread.start()
+            connection = self._admit(sock)
+            connection.thread.start()
         except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
             log.error(f"cannot serve a client: {error}")
             sock.close()
+            if connection is not None:
+                self.forget(connection)
 
     def _admit(self, sock: socket.socket) -> Connection:
         self._count += 1

@@ -66,7 +66,7 @@ from .crew import Crew, Disconnect
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
     from typing import Any, Final
 
@@ -135,6 +135,7 @@ class Transmission:
         self._can_fast_zero = layer.can_fast_zero()
         self._can_fua = layer.can_fua() != Fua.NONE
         self._can_cache = layer.can_cache() != CacheMode.NONE
+        self._group = layer.pwrite_group()
 
         self._ready: list[Any] = []
         self._send_lock = threading.Lock()
@@ -143,6 +144,7 @@ class Transmission:
         self._serial = 0  # counts the batches
         self._epoch = 0  # grows when a reader is left behind
         self._busy = False  # the reader is running a batch
+        self._waited = 0.0  # seconds that a batch's writes with FUA took: they wait by nature
         self._probing = 0  # batches to measure the processor time of, after a slow one
         self._why: str | None = None  # set when the transmission is over
         self._stopping = False
@@ -267,7 +269,7 @@ class Transmission:
         """Run a batch, and find out whether its calls wait; as `_run_batch`."""
         before = len(batch)
         probing = self._probing
-        cpu = thread_time() if probing else 0.0
+        cpu, switches = (thread_time(), _switches()) if probing else (0.0, 0)
         self._busy = True  # first: the watch looks once more after it has said that it sleeps
         if self._watch.asleep:
             self._watch.wake()
@@ -276,13 +278,15 @@ class Transmission:
             more = self._run_batch(iter(batch.popleft, None))
         except IndexError:
             more = False  # another thread has taken over what was left, and the None at the end
-        wall = perf_counter() - wall
+        wall = perf_counter() - wall - self._waited
+        self._waited = 0.0
         if self._batch is batch:  # else another thread is the reader, and may be busy
             self._busy = False
         calls = before - len(batch)
         if calls and wall > SLOW_CALL * calls:
-            # Slow by waiting: then threads help; or by computing: then they are no use.
-            if probing and thread_time() - cpu < wall / 2:
+            # Slow by waiting: then threads help. Not so by computing, or because other processes
+            # had the processor: that is no switch that the calls have asked for.
+            if probing and thread_time() - cpu < wall / 2 and 2 * (_switches() - switches) >= calls:
                 log.debug(f"calls take {wall / calls * 1e6:.0f} us: using threads")
                 self._dispatching = True
             self._probing = 8
@@ -303,52 +307,104 @@ class Transmission:
         pack_data = DATA.pack
         pack_simple = SIMPLE.pack
         structured = self._structured
+        group = self._group
+        held: list[Request] = []  # writes with FUA, to be made stable together
         gathered = 0
-        for flags, kind, cookie, offset, count, payload in batch:
-            if kind == 0 and not flags and 0 < count <= MAX_PAYLOAD and offset + count <= size:
-                try:
-                    data = pread(count, offset, 0)
-                    kind_of = type(data)
-                    if kind_of is memoryview:
-                        if data.shape != (count,) or data.nbytes != count or not data.contiguous:
+        try:
+            for flags, kind, cookie, offset, count, payload in batch:
+                if kind == 0 and not flags and 0 < count <= MAX_PAYLOAD and offset + count <= size:
+                    try:
+                        data = pread(count, offset, 0)
+                        kind_of = type(data)
+                        if kind_of is memoryview:
+                            if (
+                                data.shape != (count,)
+                                or data.nbytes != count
+                                or not data.contiguous
+                            ):
+                                data = exactly(data, count)
+                        elif (kind_of is not bytes and kind_of is not bytearray) or len(
+                            data
+                        ) != count:
                             data = exactly(data, count)
-                    elif (kind_of is not bytes and kind_of is not bytearray) or len(data) != count:
-                        data = exactly(data, count)
-                except BaseException as failure:  # a script may even call sys.exit()
-                    self._fail(kind, cookie, offset, count, failure)
-                    continue
-                if not structured:
-                    ready += (pack_simple(SIMPLE_REPLY_MAGIC, 0, cookie), data)
-                elif count >= HOLE_PAYS and kind_of is not memoryview and _is_zero(data, count):
-                    ready.append(encode_hole(cookie, offset, count))
-                    continue
+                    except BaseException as failure:  # a script may even call sys.exit()
+                        self._fail(kind, cookie, offset, count, failure)
+                        continue
+                    if not structured:
+                        ready += (pack_simple(SIMPLE_REPLY_MAGIC, 0, cookie), data)
+                    elif count >= HOLE_PAYS and kind_of is not memoryview and _is_zero(data, count):
+                        ready.append(encode_hole(cookie, offset, count))
+                        continue
+                    else:
+                        ready += (
+                            pack_data(STRUCTURED_REPLY_MAGIC, 1, 1, cookie, count + 8, offset),
+                            data,
+                        )
+                    gathered += count
+                    if gathered >= GATHER:
+                        return True
+                elif (
+                    kind == 1
+                    and payload is not None
+                    and flags & ~1 == 0
+                    and (flags == 0 or self._can_fua)
+                    and offset + count <= size
+                    and pwrite is not None
+                ):
+                    if flags and group is not None:
+                        held.append((flags, kind, cookie, offset, count, payload))
+                        continue
+                    try:
+                        pwrite(payload, offset, flags << 1)  # CMD_FLAG_FUA is 1, Flag.FUA is 2
+                    except BaseException as failure:  # a script may even call sys.exit()
+                        self._fail(kind, cookie, offset, count, failure)
+                        continue
+                    ready.append(pack_simple(SIMPLE_REPLY_MAGIC, 0, cookie))
                 else:
-                    ready += (
-                        pack_data(STRUCTURED_REPLY_MAGIC, 1, 1, cookie, count + 8, offset),
-                        data,
-                    )
-                gathered += count
-                if gathered >= GATHER:
-                    return True
-            elif (
-                kind == 1
-                and payload is not None
-                and flags & ~1 == 0
-                and (flags == 0 or self._can_fua)
-                and offset + count <= size
-                and pwrite is not None
-            ):
-                try:
-                    pwrite(payload, offset, flags << 1)  # CMD_FLAG_FUA is 1, Flag.FUA is 2
-                except BaseException as failure:  # a script may even call sys.exit()
-                    self._fail(kind, cookie, offset, count, failure)
-                    continue
-                ready.append(pack_simple(SIMPLE_REPLY_MAGIC, 0, cookie))
-            else:
-                gathered += self.run_request(flags, kind, cookie, offset, count, payload)
-                if gathered >= GATHER:
-                    return True
+                    gathered += self.run_request(flags, kind, cookie, offset, count, payload)
+                    if gathered >= GATHER:
+                        return True
+        finally:
+            if held:  # also when another thread has taken over the rest of the batch
+                self._run_held(held)
         return False
+
+    def _run_held(self, held: list[Request]) -> None:
+        """Run a batch's writes with FUA: as a group, or each in a thread, or one by one."""
+        crew = self._crew
+        begun = perf_counter()
+        several = len(held) > 1 or (crew is not None and crew.working)
+        if several and self.run_group(held):
+            pass
+        elif several and crew is not None:
+            crew.dispatch(held, grouped=False)
+        else:
+            for request in held:
+                self.run_request(*request)
+        self._waited += perf_counter() - begun
+
+    @property
+    def groups(self) -> bool:
+        """Whether `run_group` is of any use."""
+        return self._group is not None
+
+    def run_group(self, held: Sequence[Request]) -> bool:
+        """Make writes with FUA stable together; False: none was answered, run each by itself.
+
+        Not if one of them must be refused, nor after a failure: each then gets its own answer.
+        """
+        group = self._group
+        assert group is not None
+        if any(self._check(r[0], r[1], r[3], r[4], r[5]) for r in held):
+            return False
+        try:
+            if not group([(request[5], request[3]) for request in held]):
+                return False
+        except Exception as failure:
+            log.debug(f"{self._name}: {len(held)} writes with FUA: {log.describe(failure)}")
+            return False
+        self._ready += [SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, request[2]) for request in held]
+        return True
 
     # -- one request, whatever it is -------------------------------------------------------------
 
@@ -584,6 +640,11 @@ class Transmission:
         return len(self._ready)
 
     @property
+    def sending(self) -> bool:
+        """Whether replies are on their way to the client, or stuck there."""
+        return self._send_lock.locked()
+
+    @property
     def busy(self) -> bool:
         """Whether the reader is running requests."""
         return self._busy
@@ -592,6 +653,13 @@ class Transmission:
     def progress(self) -> tuple[int, int]:
         """Changes whenever the reader begins a request."""
         return self._serial, len(self._batch)
+
+
+def _switches() -> int:
+    """How often this thread has given up the processor to wait for something."""
+    from resource import RUSAGE_THREAD, getrusage
+
+    return getrusage(RUSAGE_THREAD).ru_nvcsw
 
 
 def _is_zero(data: bytes | bytearray, count: int) -> bool:
