@@ -150,6 +150,7 @@ class Connection:
         self._number = number
         self._transmission: Transmission | None = None
         self._ending = False
+        self._goodbye = False
         self._killed = False
         self.session = Session(
             readonly=server.readonly,
@@ -275,6 +276,7 @@ class Connection:
         if self._ending:
             transmission.stop()
         why = transmission.run()
+        self._goodbye = not why
         if why:
             log.debug(f"connection ended: {why}")
 
@@ -298,8 +300,9 @@ class Connection:
         import select
 
         poll = select.poll()
-        # Over TCP a client that closes is no hang-up; but our own `stop` looks just like it.
-        gone = 0 if self._ending else getattr(select, "POLLRDHUP", 0)
+        # Over TCP a client that closes is no hang-up; but our own `stop` looks just like it, and so
+        # does a client that said goodbye and waits for our end of it.
+        gone = 0 if self._ending or self._goodbye else getattr(select, "POLLRDHUP", 0)
         try:
             poll.register(self._sock, select.POLLHUP | select.POLLERR | gone)
             return bool(poll.poll(0))

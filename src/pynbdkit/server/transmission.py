@@ -63,6 +63,7 @@ from ..protocol.replies import (
 )
 from ..protocol.requests import RequestParser
 from .crew import Crew, Disconnect
+from .watch import GATE_PATIENCE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ GATHER: Final = 1 << 20
 IOV_MAX: Final = min(os.sysconf("SC_IOV_MAX"), 1024)
 SLOW_CALL: Final = 60e-6
 """Seconds per call over which calls that declare nothing are suspected to wait."""
+SMALL_REQUEST: Final = 32 << 10
+"""Requests of up to this many bytes run one batch at a time (see `Watch.gate`)."""
 HOLE_PAYS: Final = 32 << 10
 """Reads of at least this many bytes are looked at for zeros, to be sent as a hole."""
 
@@ -194,7 +197,7 @@ class Transmission:
                 count = self._sock.recv_into(parser.space())
                 if not count:
                     partial = parser.partial
-                    raise Disconnect("client has gone within a request" if partial else "")
+                    raise Disconnect("client has gone" + (" within a request" if partial else ""))
                 parser.received(count)
             requests = parser.requests()
             if requests:
@@ -273,11 +276,15 @@ class Transmission:
         self._busy = True  # first: the watch looks once more after it has said that it sleeps
         if self._watch.asleep:
             self._watch.wake()
+        gate = self._enter_gate(batch) if self._watch.several else None
         wall = perf_counter()
         try:
             more = self._run_batch(iter(batch.popleft, None))
         except IndexError:
             more = False  # another thread has taken over what was left, and the None at the end
+        finally:
+            if gate is not None:
+                gate.release()
         wall = perf_counter() - wall - self._waited
         self._waited = 0.0
         if self._batch is batch:  # else another thread is the reader, and may be busy
@@ -293,6 +300,17 @@ class Transmission:
         elif probing:
             self._probing = probing - 1
         return more
+
+    def _enter_gate(self, batch: deque[Request | None]) -> threading.Lock | None:
+        """Wait for our turn among the connections, if that pays; returns the lock to release."""
+        try:
+            first = batch[0]
+        except IndexError:
+            return None  # another thread has taken over
+        gate = self._watch.gate
+        if first is None or first[4] > SMALL_REQUEST or not gate.acquire(timeout=GATE_PATIENCE):
+            return None
+        return gate
 
     def _run_batch(self, batch: Iterator[Request]) -> bool:
         """Run requests in order; replies go to `_ready`.

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from .transmission import Transmission
 
+GATE_PATIENCE: Final = 0.002
+"""Seconds that a batch waits for its turn at most."""
 TICK: Final = 0.005
 """Seconds between looks: a call that lasts over one to two of them is left behind."""
 PATIENCE: Final = 40
@@ -30,6 +32,15 @@ class Watch:
         self._wakeup = threading.Event()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self.several = False
+        """Whether more than one connection is watched."""
+        self.gate = threading.Lock()
+        """Held while a batch of small requests runs, when there are several connections.
+
+        A call that goes into the kernel gives up the interpreter's lock, another thread takes it,
+        and to get it back costs more than the call. At the gate the others wait without wanting
+        the interpreter. It is a matter of speed alone: whoever waits too long goes on without.
+        """
         self.asleep = True
         """A reader that begins to work while this is true calls `wake`."""
 
@@ -37,6 +48,7 @@ class Watch:
         """Look at this connection too."""
         with self._lock:
             self._seen[transmission] = (-1, 0)
+            self.several = len(self._seen) > 1
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
                 self._thread.start()
@@ -45,6 +57,7 @@ class Watch:
         """This connection has ended."""
         with self._lock:
             self._seen.pop(transmission, None)
+            self.several = len(self._seen) > 1
 
     def wake(self) -> None:
         """Something has begun."""
@@ -89,4 +102,5 @@ class Watch:
                             self._seen[transmission] = now
                 elif transmission.busy:
                     quiet = 0
+                    self.gate = threading.Lock()  # it may hold the old one
                     transmission.take_over()
