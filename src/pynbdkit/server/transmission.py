@@ -514,9 +514,13 @@ class Transmission:
         layer = self._layer
         fua = Flag.FUA if flags & CMD_FLAG_FUA else 0
         if kind == CMD_READ:
-            data = exactly(layer.unchecked_pread(count, offset, 0), count)
+            found = layer.unchecked_pread(count, offset, 0)
+            data = exactly(found, count)
             if not self._structured:
                 header = SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
+            elif count >= HOLE_PAYS and type(found) is not memoryview and _is_zero(data, count):
+                self._ready.append(encode_hole(cookie, offset, count))
+                return 0
             else:
                 header = DATA.pack(STRUCTURED_REPLY_MAGIC, 1, 1, cookie, count + 8, offset)
             self._ready += (header, data)
@@ -680,7 +684,7 @@ def _switches() -> int:
     return getrusage(RUSAGE_THREAD).ru_nvcsw
 
 
-def _is_zero(data: bytes | bytearray, count: int) -> bool:
+def _is_zero(data: bytes | bytearray | memoryview, count: int) -> bool:
     """Whether data is zeros throughout: a comparison that ends at the first other byte."""
     if data[0] or data[count >> 1] or data[count - 1]:
         return False
