@@ -276,7 +276,7 @@ class Connection:
         if self._ending:
             transmission.stop()
         why = transmission.run()
-        self._goodbye = not why
+        self._goodbye = transmission.goodbye
         if why:
             log.debug(f"connection ended: {why}")
 

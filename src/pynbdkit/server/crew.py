@@ -80,6 +80,7 @@ class Crew:
                 continue
             flags, kind, cookie, offset, count, payload = request
             if kind == CMD_DISC:
+                self._transmission.goodbye = True
                 raise Disconnect("")
             weight = 0
             if payload is not None:

@@ -149,6 +149,8 @@ class Transmission:
         self._busy = False  # the reader is running a batch
         self._waited = 0.0  # seconds that a batch's writes with FUA took: they wait by nature
         self._probing = 0  # batches to measure the processor time of, after a slow one
+        self.goodbye = False
+        """The client has sent DISC: it has not just gone."""
         self._why: str | None = None  # set when the transmission is over
         self._stopping = False
 
@@ -197,7 +199,7 @@ class Transmission:
                 count = self._sock.recv_into(parser.space())
                 if not count:
                     partial = parser.partial
-                    raise Disconnect("client has gone" + (" within a request" if partial else ""))
+                    raise Disconnect("client has gone within a request" if partial else "")
                 parser.received(count)
             requests = parser.requests()
             if requests:
@@ -439,6 +441,7 @@ class Transmission:
         refused = self._check(flags, kind, offset, count, payload)
         if refused is not None:
             if kind == CMD_DISC:
+                self.goodbye = True
                 raise Disconnect("")
             error, why = refused
             log.debug(
