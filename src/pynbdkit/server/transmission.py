@@ -332,6 +332,10 @@ class Transmission:
         gathered = 0
         try:
             for flags, kind, cookie, offset, count, payload in batch:
+                if held and (kind != 1 or not flags):
+                    # What comes next may take long, and replies may have to keep their order.
+                    done, held = held, []
+                    self._run_held(done)
                 if kind == 0 and not flags and 0 < count <= MAX_PAYLOAD and offset + count <= size:
                     try:
                         data = pread(count, offset, 0)
