@@ -27,7 +27,7 @@ def sockdir() -> Iterator[Path]:
 
 @pytest.fixture
 def serve(sockdir: Path) -> Iterator[Callable[..., support.ServerProcess]]:
-    """serve("memory", "1M", …): our command line, in a process; at the end, its exit 0 is checked."""
+    """serve("memory", "1M", …): our command line, in a process; its exit 0 is checked."""
     running: list[support.ServerProcess] = []
 
     def start(*arguments: str | Path) -> support.ServerProcess:

@@ -26,12 +26,12 @@ from hypothesis import strategies as st
 
 import pynbdkit
 import support
+from pynbdkit import fallocate
 from pynbdkit.chain import Chain
-from pynbdkit.plugins import _linux
 from pynbdkit.plugins.file import EXTENTS_AT_ONCE, WRITES_BEHIND, FilePlugin
 
 SIZE = 1 << 20
-PUNCH = _linux.PUNCH_HOLE | _linux.KEEP_SIZE
+PUNCH = fallocate.PUNCH_HOLE | fallocate.KEEP_SIZE
 HOLE_ZERO = pynbdkit.HOLE | pynbdkit.ZERO
 Flag = pynbdkit.Flag
 
@@ -78,7 +78,7 @@ def has_holes(folder: Path, *modes: int) -> None:
         stream.truncate(1 << 20)
         try:
             for mode in (*modes, PUNCH):
-                _linux.fallocate(stream.fileno(), mode, 0, 4096)
+                fallocate.fallocate(stream.fileno(), mode, 0, 4096)
             assert os.lseek(stream.fileno(), 0, os.SEEK_HOLE) == 0
         except (OSError, AssertionError):
             support.lacking(
@@ -687,7 +687,7 @@ class Refusing:
     def __init__(self, modes: tuple[int, ...]) -> None:
         self.modes = modes
         self.calls: list[int] = []
-        self._really = _linux.fallocate
+        self._really = fallocate.fallocate
 
     def __call__(self, fd: int, mode: int, offset: int, count: int) -> None:
         self.calls.append(mode)
@@ -696,7 +696,7 @@ class Refusing:
         self._really(fd, mode, offset, count)
 
 
-ZERO = _linux.ZERO_RANGE
+ZERO = fallocate.ZERO_RANGE
 
 
 @pytest.mark.parametrize(
@@ -717,7 +717,7 @@ def test_zero_uses_what_there_is(
 ) -> None:  # fmt: skip
     has_holes(disk.parent, ZERO, 0)
     refusing = Refusing(has)
-    monkeypatch.setattr(_linux, "fallocate", refusing)
+    monkeypatch.setattr(fallocate, "fallocate", refusing)
     content = bytearray(disk.read_bytes())
     layer = open_layer(FilePlugin(file=disk))
     for offset, expected in ((5000, first), (100_000, again)):
@@ -742,7 +742,7 @@ def test_trim_is_only_advice(
     disk: Path, open_layer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusing = Refusing(())
-    monkeypatch.setattr(_linux, "fallocate", refusing)
+    monkeypatch.setattr(fallocate, "fallocate", refusing)
     content = disk.read_bytes()
     layer = open_layer(FilePlugin(file=disk))
     layer.trim(4096, 0, 0)
@@ -757,7 +757,7 @@ def test_errors_of_fallocate_reach_the_client(
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(_linux, "fallocate", full)
+    monkeypatch.setattr(fallocate, "fallocate", full)
     layer = open_layer(FilePlugin(file=disk))
     for request in (layer.zero, layer.trim):
         with pytest.raises(OSError, match="No space left") as caught:

@@ -17,12 +17,13 @@ import pytest
 
 import pynbdkit
 import support
+from pynbdkit import fallocate
 from pynbdkit.chain import Chain
 from pynbdkit.plugins import _linux
 from pynbdkit.plugins.file import FilePlugin
 
 SIZE = 4 << 20
-PUNCH = _linux.PUNCH_HOLE | _linux.KEEP_SIZE
+PUNCH = fallocate.PUNCH_HOLE | fallocate.KEEP_SIZE
 Flag = pynbdkit.Flag
 
 
@@ -140,7 +141,7 @@ def test_same_answers_as_peer(device: str, serve: Callable[..., Any]) -> None:
 
 def test_zero_of_a_device_without_punching(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    zero, punch = _linux.block_zero, _linux.fallocate
+    zero, punch = _linux.block_zero, fallocate.fallocate
 
     def refuse(fd: int, mode: int, offset: int, count: int) -> None:
         calls.append("punch")
@@ -151,7 +152,7 @@ def test_zero_of_a_device_without_punching(device: str, monkeypatch: pytest.Monk
         assert offset % 512 == count % 512 == 0
         zero(fd, offset, count)
 
-    monkeypatch.setattr(_linux, "fallocate", refuse)
+    monkeypatch.setattr(fallocate, "fallocate", refuse)
     monkeypatch.setattr(_linux, "block_zero", block_zero)
     layer = open_layer(device)
     try:
@@ -164,7 +165,7 @@ def test_zero_of_a_device_without_punching(device: str, monkeypatch: pytest.Monk
         with pytest.raises(OSError, match="zeros") as caught:  # it might have to write
             layer.zero(10_000, 50_000, Flag.MAY_TRIM | Flag.FAST_ZERO)
         assert caught.value.errno == errno.EOPNOTSUPP
-        monkeypatch.setattr(_linux, "fallocate", punch)
+        monkeypatch.setattr(fallocate, "fallocate", punch)
         with pytest.raises(OSError, match="zeros"):
             layer.zero(10_000, 50_000, Flag.FAST_ZERO)
     finally:
@@ -207,7 +208,7 @@ def test_fallocate_takes_64_bits(tmp_path: Path) -> None:
         offset = (5 << 32) + 4096
         os.truncate(fd, offset + 8192)
         os.pwrite(fd, b"x" * 8192, offset)
-        _linux.fallocate(fd, PUNCH, offset, 4096)
+        fallocate.fallocate(fd, PUNCH, offset, 4096)
         assert os.pread(fd, 8192, offset) == bytes(4096) + b"x" * 4096
     except OSError as error:
         if error.errno == errno.EOPNOTSUPP:
@@ -224,12 +225,12 @@ def test_fallocate_raises_what_the_call_says(tmp_path: Path) -> None:
         (tmp_path / "file").open("wb") as stream,
         pytest.raises(OSError, match="Invalid") as caught,
     ):
-        _linux.fallocate(stream.fileno(), PUNCH, 0, 0)
+        fallocate.fallocate(stream.fileno(), PUNCH, 0, 0)
     assert caught.value.errno == errno.EINVAL
     fd = os.open(tmp_path / "file", os.O_RDONLY)
     try:
         with pytest.raises(OSError, match="Bad file") as caught:
-            _linux.fallocate(fd, PUNCH, 0, 4096)
+            fallocate.fallocate(fd, PUNCH, 0, 4096)
         assert caught.value.errno == errno.EBADF
     finally:
         os.close(fd)
@@ -237,8 +238,8 @@ def test_fallocate_raises_what_the_call_says(tmp_path: Path) -> None:
 
 def test_fallocate_goes_on_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [errno.EINTR, errno.EINTR, 0]
-    monkeypatch.setattr(_linux, "_fallocate", [lambda *_: answers.pop(0)])
-    _linux.fallocate(0, 0, 0, 1)
+    monkeypatch.setattr(fallocate, "_loaded", [lambda *_: answers.pop(0)])
+    fallocate.fallocate(0, 0, 0, 1)
     assert answers == []
 
 

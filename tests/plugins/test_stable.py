@@ -23,7 +23,8 @@ import pytest
 
 import pynbdkit
 import support
-from pynbdkit.plugins import _linux, _stable
+from pynbdkit import fallocate
+from pynbdkit.plugins import _stable
 from pynbdkit.plugins._stable import MOST_DESCRIPTORS, StableFile, StableFiles
 from pynbdkit.plugins.file import FilePlugin
 
@@ -47,7 +48,7 @@ class Calls:
             (os, "pwrite"),
             (os, "pwritev"),
             (os, "fdatasync"),
-            (_linux, "fallocate"),
+            (fallocate, "fallocate"),
         ):
             self._replace(monkeypatch, module, name)
 

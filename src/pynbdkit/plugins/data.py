@@ -10,7 +10,7 @@ from __future__ import annotations
 from .. import log, parameters
 from ..errors import ConfigError
 from ..plugin import Plugin
-from .memory import MAX_MAPPED, MappedDisk, MemoryDevice, SparseDevice, _allocator
+from .memory import MAX_MAPPED, MappedDisk, MemoryDevice, SparseDevice, parse_allocator
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class DataPlugin(Plugin):
             how = "only one of " if given else "the disk is not specified: give "
             raise ConfigError(how + "data=DATA, raw=BYTES or base64=BASE64")
         try:
-            self._kind, self._locked = _allocator(self.allocator)
+            self._kind, self._locked = parse_allocator(self.allocator)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 

@@ -13,7 +13,7 @@ import os
 import stat
 from collections import deque
 
-from .. import log, parameters
+from .. import fallocate, log, parameters
 from ..device import Device
 from ..errors import ConfigError
 from ..extents import HOLE, ZERO
@@ -42,7 +42,7 @@ WRITES_BEHIND: Final = 64
 LARGEST_FOLIO: Final = 2 << 20
 """What the page cache keeps or drops as one, at most (bytes; aligned to its size)."""
 
-_PUNCH: Final = _linux.PUNCH_HOLE | _linux.KEEP_SIZE
+_PUNCH: Final = fallocate.PUNCH_HOLE | fallocate.KEEP_SIZE
 _ADVICE: Final = {
     "normal": "POSIX_FADV_NORMAL",
     "random": "POSIX_FADV_RANDOM",
@@ -381,7 +381,7 @@ class FileDevice(Device):
     def _make_zeros(self, count: int, offset: int, flags: int) -> None:
         if flags & Flag.MAY_TRIM and self._fallocate(_PUNCH, count, offset):
             return
-        if self._fallocate(_linux.ZERO_RANGE, count, offset):
+        if self._fallocate(fallocate.ZERO_RANGE, count, offset):
             return
         if self._fallocate(_PUNCH, count, offset) and self._fallocate(0, count, offset):
             return
@@ -389,7 +389,7 @@ class FileDevice(Device):
 
     def _fallocate(self, mode: int, count: int, offset: int) -> bool:
         """fallocate(2); False where the filesystem has no such mode (asked once)."""
-        return self._attempt(mode, lambda: _linux.fallocate(self._fd, mode, offset, count))
+        return self._attempt(mode, lambda: fallocate.fallocate(self._fd, mode, offset, count))
 
     def _attempt(self, what: int, call: Any) -> bool:
         unsupported = self._stable.unsupported

@@ -7,8 +7,8 @@ import errno
 from .. import parameters
 from ..device import Device
 from ..extents import HOLE, ZERO
-from ..flags import CacheMode
 from ..plugin import Plugin
+from ._fixed import FixedDevice
 from ._zeros import zeros
 
 TYPE_CHECKING = False
@@ -34,26 +34,8 @@ class FullPlugin(Plugin):
         return FullDevice(self.size)
 
 
-class FullDevice(Device):
+class FullDevice(FixedDevice):
     """Reads are zeros, and whatever would need space fails (zero by way of pwrite)."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def get_size(self) -> int:
-        """As configured."""
-        return self._size
-
-    def can_multi_conn(self) -> bool:
-        """All connections see the same zeros."""
-        return True
-
-    def can_cache(self) -> int:
-        """There is nothing to prefetch."""
-        return CacheMode.NATIVE
-
-    def cache(self, count: int, offset: int, flags: int) -> None:
-        """Nothing to do."""
 
     def pread(self, count: int, offset: int, flags: int) -> Buffer:
         """Zeros."""

@@ -34,7 +34,7 @@ MAX_MAPPED: Final = 1 << 44
 MAP_NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
-def _allocator(text: str) -> tuple[str, bool]:
+def parse_allocator(text: str) -> tuple[str, bool]:
     """(name, mlock) of an allocator= text. Raises ValueError."""
     name, _, options = text.partition(",")
     locked = False
@@ -68,7 +68,7 @@ class Memory(Plugin):
     def config_complete(self) -> None:
         """Check the allocator."""
         try:
-            self._kind, self._locked = _allocator(self.allocator)
+            self._kind, self._locked = parse_allocator(self.allocator)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -147,33 +147,51 @@ class MappedDisk:
         self.written[first : last + 1] = b"\1" * (last + 1 - first)
 
 
-class MemoryDevice(Device):
+class RamDevice(Device):
+    """What the devices of both kinds of disk have in common."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def get_size(self) -> int:
+        """As configured."""
+        return self._size
+
+    def can_multi_conn(self) -> bool:
+        """All connections see the same memory."""
+        return True
+
+    def can_fast_zero(self) -> bool:
+        """Zeroing gives memory back: faster than writing."""
+        return True
+
+    def can_fua(self) -> int:
+        """Memory is as stable as it gets."""
+        return Fua.NATIVE
+
+    def can_cache(self) -> int:
+        """It is in memory: there is nothing to prefetch."""
+        return CacheMode.NATIVE
+
+    def flush(self, flags: int) -> None:
+        """Nothing to do."""
+
+
+class MemoryDevice(RamDevice):
     """A connection's view of a mapped disk."""
 
     def __init__(self, disk: MappedDisk) -> None:
+        super().__init__(disk.size)
         self._disk = disk
         self._view = disk.view
         self._written = disk.written
 
-    def get_size(self) -> int:
-        return self._disk.size
-
-    def can_multi_conn(self) -> bool:
-        return True
-
-    def can_fast_zero(self) -> bool:
-        return True
-
-    def can_fua(self) -> int:
-        return Fua.NATIVE
-
-    def can_cache(self) -> int:
-        return CacheMode.NATIVE
-
     def pread(self, count: int, offset: int, flags: int) -> Buffer:
+        """The memory itself, without a copy."""
         return self._view[offset : offset + count]
 
     def pwrite(self, buf: Buffer, offset: int, flags: int) -> None:
+        """Write, and note it for extents."""
         count = len(buf)
         self._view[offset : offset + count] = buf
         first = offset >> CHUNK_BITS
@@ -183,18 +201,18 @@ class MemoryDevice(Device):
         else:
             self._written[first : last + 1] = b"\1" * (last + 1 - first)
 
-    def flush(self, flags: int) -> None:
-        pass  # memory is as stable as it gets
-
     def trim(self, count: int, offset: int, flags: int) -> None:
+        """Give memory back."""
         self._disk.clear(count, offset)
 
     def zero(self, count: int, offset: int, flags: int) -> None:
+        """Zero, giving memory back where it may."""
         self._disk.clear(count, offset)
         if not flags & Flag.MAY_TRIM:
             self._disk.mark(count, offset)
 
     def extents(self, count: int, offset: int, flags: int) -> Iterable[tuple[int, int, int]]:
+        """Data where something was written, else holes."""
         if not self._disk.sparse:
             yield Extent(offset, count, 0)
             return
@@ -212,43 +230,31 @@ class MemoryDevice(Device):
             offset = until
 
 
-class SparseDevice(Device):
+class SparseDevice(RamDevice):
     """A connection's view of a disk that is too large to be mapped."""
 
     def __init__(self, disk: SparseArray) -> None:
+        super().__init__(disk.size)
         self._disk = disk
 
-    def get_size(self) -> int:
-        return self._disk.size
-
-    def can_multi_conn(self) -> bool:
-        return True
-
-    def can_fast_zero(self) -> bool:
-        return True
-
-    def can_fua(self) -> int:
-        return Fua.NATIVE
-
-    def can_cache(self) -> int:
-        return CacheMode.NATIVE
-
     def pread(self, count: int, offset: int, flags: int) -> Buffer:
+        """The memory itself, without a copy."""
         return self._disk.read(count, offset)
 
     def pwrite(self, buf: Buffer, offset: int, flags: int) -> None:
+        """Write, and note it for extents."""
         self._disk.write(buf, offset)
 
-    def flush(self, flags: int) -> None:
-        pass
-
     def trim(self, count: int, offset: int, flags: int) -> None:
+        """Give memory back."""
         self._disk.zero(count, offset)
 
     def zero(self, count: int, offset: int, flags: int) -> None:
+        """Zero, giving memory back where it may."""
         self._disk.zero(count, offset)
 
     def extents(self, count: int, offset: int, flags: int) -> Iterable[tuple[int, int, int]]:
+        """Data where something was written, else holes."""
         return self._disk.extents(count, offset)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from .. import parameters
 from ..device import Device
 from ..extents import HOLE, ZERO
-from ..flags import CacheMode, Fua
+from ..flags import Fua
 from ..plugin import Plugin
+from ._fixed import FixedDevice
 from ._zeros import zeros
 
 TYPE_CHECKING = False
@@ -32,15 +33,8 @@ class NullPlugin(Plugin):
         return NullDevice(self.size)
 
 
-class NullDevice(Device):
+class NullDevice(FixedDevice):
     """Everything succeeds, nothing happens."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def get_size(self) -> int:
-        """As configured."""
-        return self._size
 
     def can_fua(self) -> int:
         """Nothing is as stable as nothing."""
@@ -49,14 +43,6 @@ class NullDevice(Device):
     def can_fast_zero(self) -> bool:
         """It is all zeros already."""
         return True
-
-    def can_multi_conn(self) -> bool:
-        """All connections see the same zeros."""
-        return True
-
-    def can_cache(self) -> int:
-        """There is nothing to prefetch."""
-        return CacheMode.NATIVE
 
     def pread(self, count: int, offset: int, flags: int) -> Buffer:
         """Zeros."""
@@ -72,9 +58,6 @@ class NullDevice(Device):
         """Nothing to do."""
 
     def zero(self, count: int, offset: int, flags: int) -> None:
-        """Nothing to do."""
-
-    def cache(self, count: int, offset: int, flags: int) -> None:
         """Nothing to do."""
 
     def extents(self, count: int, offset: int, flags: int) -> Iterable[tuple[int, int, int]]:

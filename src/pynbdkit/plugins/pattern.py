@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from .. import parameters
 from ..device import Device
-from ..flags import CacheMode
 from ..plugin import Plugin
+from ._fixed import FixedDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -65,26 +65,8 @@ class PatternPlugin(Plugin):
         return PatternDevice(self.size)
 
 
-class PatternDevice(Device):
+class PatternDevice(FixedDevice):
     """The pattern, read-only."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def get_size(self) -> int:
-        """As configured."""
-        return self._size
-
-    def can_multi_conn(self) -> bool:
-        """All connections see the same pattern."""
-        return True
-
-    def can_cache(self) -> int:
-        """There is nothing to prefetch."""
-        return CacheMode.NATIVE
-
-    def cache(self, count: int, offset: int, flags: int) -> None:
-        """Nothing to do."""
 
     def pread(self, count: int, offset: int, flags: int) -> Buffer:
         """The pattern at this place."""

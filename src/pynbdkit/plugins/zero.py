@@ -6,8 +6,8 @@ import errno
 
 from ..device import Device
 from ..errors import ConfigError
-from ..flags import CacheMode
 from ..plugin import Plugin
+from ._fixed import FixedDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,26 +32,11 @@ class ZeroPlugin(Plugin):
 
     def open(self, session: Session) -> Device:
         """A device without any state."""
-        return ZeroDevice()
+        return ZeroDevice(0)
 
 
-class ZeroDevice(Device):
+class ZeroDevice(FixedDevice):
     """Nothing to read, and no way to write."""
-
-    def get_size(self) -> int:
-        """No bytes."""
-        return 0
-
-    def can_multi_conn(self) -> bool:
-        """All connections see the same nothing."""
-        return True
-
-    def can_cache(self) -> int:
-        """There is nothing to prefetch."""
-        return CacheMode.NATIVE
-
-    def cache(self, count: int, offset: int, flags: int) -> None:
-        """Nothing to do."""
 
     def pread(self, count: int, offset: int, flags: int) -> Buffer:
         """Out of bounds, whatever it is; only a read of no bytes has an answer."""
