@@ -680,9 +680,15 @@ def test_writes_that_could_be_grouped_keep_their_order_all_the_same(disk: Disk, 
             message += client.request(WRITE, cookie + 1, cookie, 8, FUA) + b"x" * 8
             message += client.request(READ, cookie + 2, cookie, 8)
             message += client.request(TRIM, cookie + 3, cookie, 8)
+        for cookie in range(200, 300, 2):
+            message += client.request(WRITE, cookie, cookie, 8, FUA) + b"x" * 8
+            message += client.request(WRITE, cookie + 1, SIZE, 8, FUA) + b"x" * 8
+        for cookie in range(300, 400, 2):
+            message += client.request(WRITE, cookie, cookie, 8, FUA) + b"x" * 8
+            message += client.request(WRITE, cookie + 1, cookie, 8) + b"x" * 8
         client.send(message)
-        for cookie in range(200):
-            assert client.simple(8 if cookie % 4 == 2 else 0)[0] == cookie
+        for cookie in range(400):
+            assert client.simple(8 if cookie < 200 and cookie % 4 == 2 else 0)[0] == cookie
 
 
 def test_a_reply_may_overtake_another_where_all_is_parallel() -> None:

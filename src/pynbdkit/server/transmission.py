@@ -332,11 +332,9 @@ class Transmission:
         gathered = 0
         try:
             for flags, kind, cookie, offset, count, payload in batch:
-                if held and (kind != 1 or not flags):
-                    # What comes next may take long, and replies may have to keep their order.
-                    done, held = held, []
-                    self._run_held(done)
                 if kind == 0 and not flags and 0 < count <= MAX_PAYLOAD and offset + count <= size:
+                    if held:  # what comes next may take long, and replies may have an order
+                        self._run_held(held)
                     try:
                         data = pread(count, offset, 0)
                         kind_of = type(data)
@@ -378,6 +376,8 @@ class Transmission:
                     if flags and group is not None:
                         held.append((flags, kind, cookie, offset, count, payload))
                         continue
+                    if held:
+                        self._run_held(held)
                     try:
                         pwrite(payload, offset, flags << 1)  # CMD_FLAG_FUA is 1, Flag.FUA is 2
                     except BaseException as failure:  # a script may even call sys.exit()
@@ -385,6 +385,8 @@ class Transmission:
                         continue
                     ready.append(pack_simple(SIMPLE_REPLY_MAGIC, 0, cookie))
                 else:
+                    if held:
+                        self._run_held(held)
                     gathered += self.run_request(flags, kind, cookie, offset, count, payload)
                     if gathered >= GATHER:
                         return True
@@ -393,8 +395,10 @@ class Transmission:
                 self._run_held(held)
         return False
 
-    def _run_held(self, held: list[Request]) -> None:
-        """Run a batch's writes with FUA: as a group, or each in a thread, or one by one."""
+    def _run_held(self, requests: list[Request]) -> None:
+        """Run writes with FUA: as a group, or each in a thread, or one by one; none is left."""
+        held = requests[:]
+        requests.clear()
         crew = self._crew
         begun = perf_counter()
         several = len(held) > 1 or (crew is not None and crew.working)
