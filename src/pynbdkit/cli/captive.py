@@ -17,6 +17,10 @@ from ..errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import Final
+
+SLICE: Final = 0.5
+"""Seconds that a wait lasts at most, so that Python can run the handlers of signals."""
 
 
 def quote(text: str) -> str:
@@ -107,18 +111,22 @@ class Captive:
         """Whether the command has ended."""
         return self._ended.is_set()
 
-    def signal(self, number: int) -> None:
-        """Pass a signal on to the command: the shell, and whatever that waits for."""
+    def stop(self) -> None:
+        """Tell the command to end: the shell, and whatever that waits for.
+
+        By SIGTERM, whatever signal we got ourselves: a shell may miss a SIGINT while it forks.
+        """
         if not self._ended.is_set():
             for pid in _family(self._pid):
                 try:
-                    os.kill(pid, number)
+                    os.kill(pid, signal.SIGTERM)
                 except OSError:
                     pass  # it has just ended, or become another user
 
     def finish(self) -> int:
         """Wait for the command's end; returns its exit status (128 + signal, as shells have it)."""
-        self._ended.wait()
+        while not self._ended.wait(SLICE):
+            pass  # a signal that came just before the wait is noticed now
         return self._status
 
     def abandon(self) -> None:
@@ -127,7 +135,7 @@ class Captive:
             self._close_gate()
             os.waitpid(self._pid, 0)
         else:
-            self.signal(signal.SIGTERM)
+            self.stop()
 
     def _close_gate(self) -> None:
         gate, self._open_gate = self._open_gate, -1

@@ -158,7 +158,7 @@ def _stop(number: int, server: Server, captive: Captive | None) -> bool:
     elif background.from_keyboard(number):
         return False
     else:
-        captive.signal(number)
+        captive.stop()
     return True
 
 

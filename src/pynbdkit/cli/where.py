@@ -6,7 +6,7 @@ import os
 import socket
 
 from ..errors import ConfigError
-from ..server.listen import LOOPBACK, listen_tcp, listen_unix
+from ..server.listen import listen_tcp, listen_unix
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,6 +45,15 @@ def private_folder() -> str:
             continue
         except OSError as error:
             raise ConfigError(f"-U -: cannot make {folder}: {error.strerror}") from None
+
+
+def _host(address: str) -> str:
+    """The host part of a URI, for clients on this machine, of an address that we listen on."""
+    if address in ("127.0.0.1", "0.0.0.0"):
+        return "localhost"
+    if address in ("::1", "::"):  # "localhost" may be of IPv4 alone
+        return "[::1]"
+    return f"[{address.replace('%', '%25')}]" if ":" in address else address
 
 
 class Where:
@@ -95,14 +104,7 @@ class Where:
             path = os.fsdecode(address)
             self.path = path if path and path[0] != "\0" else None  # no URI names an abstract one
         elif sockets[0].family in (socket.AF_INET, socket.AF_INET6):
-            self._host, self.port = address[:2]
-
-    @property
-    def host(self) -> str:
-        """The host part of a URI ("localhost" where that is one of our addresses)."""
-        if self._host in ("0.0.0.0", "::", *LOOPBACK):
-            return "localhost"
-        return f"[{self._host.replace('%', '%25')}]" if ":" in self._host else self._host
+            self._host, self.port = _host(address[0]), address[1]
 
     def uri(self, export: str) -> str:
         """The NBD URI of an export; "" for a socket that URIs cannot name."""
@@ -110,7 +112,7 @@ class Where:
         if self.path is not None:
             return f"nbd+unix:///{name}?socket={percent(self.path, b'/')}"
         if self.port is not None:
-            return f"nbd://{self.host}:{self.port}" + (f"/{name}" if name else "")
+            return f"nbd://{self._host}:{self.port}" + (f"/{name}" if name else "")
         return ""
 
     def variables(self, export: str) -> dict[str, str | None]:
