@@ -64,6 +64,11 @@ class RequestParser:
         """Whether a request has begun and is not complete."""
         return self._end > self._start or self._skip > 0
 
+    @property
+    def missing(self) -> int:
+        """How many bytes complete the request that has begun; 0 where none has."""
+        return self._need - (self._end - self._start) if self._end > self._start else 0
+
     def space(self) -> memoryview:
         """Where the next bytes go: never empty. Ends the life of earlier payloads."""
         start, end, need = self._start, self._end, self._need

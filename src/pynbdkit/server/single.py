@@ -63,7 +63,7 @@ class Pipes:
         """The descriptor to wait for requests on."""
         return -1 if self._closed else self._read.fd
 
-    def recv_into(self, buffer: memoryview | bytearray) -> int:
+    def recv_into(self, buffer: memoryview | bytearray, nbytes: int = 0, flags: int = 0) -> int:
         """Read what there is; 0 at the end."""
         while self._read.open:
             self._read.wait()

@@ -82,6 +82,8 @@ GATHER: Final = 1 << 20
 IOV_MAX: Final = min(os.sysconf("SC_IOV_MAX"), 1024)
 SLOW_CALL: Final = 60e-6
 """Seconds per call over which calls that declare nothing are suspected to wait."""
+WORTH_WAITING: Final = 16 << 10
+"""When more of a write's payload is missing, it is received in one go, not as it trickles in."""
 SMALL_REQUEST: Final = 32 << 10
 """Requests of up to this many bytes run one batch at a time (see `Watch.gate`)."""
 HOLE_PAYS: Final = 32 << 10
@@ -196,7 +198,11 @@ class Transmission:
                     raise Disconnect(parser.broken)
                 if self._stopping:
                     raise Disconnect("")
-                count = self._sock.recv_into(parser.space())
+                space, missing = parser.space(), parser.missing
+                if missing > WORTH_WAITING:
+                    count = self._sock.recv_into(space, missing, socket.MSG_WAITALL)
+                else:
+                    count = self._sock.recv_into(space)
                 if not count:
                     partial = parser.partial
                     raise Disconnect("client has gone within a request" if partial else "")
