@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from command import COMMAND, running, wait_for_end, wait_for_file
+from command import COMMAND, can_bind, running, wait_for_end, wait_for_file
 from pynbdkit.cli import captive
-from support import need_root, program, pynbdkit
+from support import lacking, need_root, program, pynbdkit
 
 SHOW = 'printf "%s\\n" "$uri" "$nbd" "$port" "$unixsocket" "$exportname" "${tls-unset}" "$pid"'
 
@@ -133,8 +133,10 @@ def test_the_commands_descriptors_are_the_callers(sockdir: Path) -> None:
     assert done.stdout.split() == ["nine", "eight", "0", "1", "2", "3", "8", "9"]  # 3: ls's own
 
 
-@pytest.mark.parametrize("where", ["-U -", "-p 0", "-4 -p 0", "-6 -p 0", "-p 0 -i ''", "-p0 -i ::"])
+@pytest.mark.parametrize("where", ["-U -", "-p 0", "-4 -p 0", "-6 -p 0", "-p 0 -i ''"])
 def test_the_command_runs_when_clients_can_connect(where: str) -> None:
+    if where.startswith("-6") and not can_bind("::1"):
+        lacking("this machine has no IPv6")
     info = f'{program("nbdinfo")} --size "$uri"'
     done = pynbdkit(*shlex.split(where), "memory", "1M", "--run", info)
     assert done.stdout == "1048576\n", done.stderr
