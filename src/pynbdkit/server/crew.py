@@ -97,10 +97,7 @@ class Crew:
                     self._lock.wait(1.0)
                 self._bytes += weight
                 self._inflight += 1
-                threads = self._workers + self._left_behind
-                wanted = self._inflight > self._workers and threads < self._limit
-                if wanted:
-                    self._workers += 1
+                wanted = self._wants_worker()
             if grouped and kind == CMD_WRITE and flags == CMD_FLAG_FUA and payload is not None:
                 with self._lock:
                     self._held.append((request, weight))
@@ -109,11 +106,8 @@ class Crew:
                     self._queue.put(LEAD)
             else:
                 self._queue.put((request, weight))
-            if wanted and not self._start(self._work):
-                with self._lock:
-                    self._workers -= 1
-                    if not self._workers:
-                        raise Disconnect("no thread can be started")
+            if wanted and not self._start_worker() and not self._workers:
+                raise Disconnect("no thread can be started")
 
     def leave_behind(self, target: Callable[[], None]) -> bool:
         """The reader stays in its call, `target` goes on in a new thread; False: it cannot."""
@@ -129,9 +123,27 @@ class Crew:
         return self._inflight > 0
 
     def came_back(self) -> None:
-        """A call that was left behind has ended."""
+        """A call that was left behind has ended: there is room for a worker again."""
         with self._lock:
             self._left_behind -= 1
+            wanted = self._wants_worker()
+        if wanted:
+            self._start_worker()
+
+    def _wants_worker(self) -> bool:
+        """Whether to start a worker, which counts from now on (call it with the lock)."""
+        threads = self._workers + self._left_behind
+        wanted = self._inflight > self._workers and threads < self._limit
+        if wanted:
+            self._workers += 1
+        return wanted
+
+    def _start_worker(self) -> bool:
+        if self._start(self._work):
+            return True
+        with self._lock:
+            self._workers -= 1
+        return False
 
     def _start(self, target: Callable[[], None]) -> bool:
         thread = threading.Thread(target=self._in_thread, args=(target,), daemon=True)
@@ -213,7 +225,7 @@ class Crew:
             self._seconds += seconds
             self._calls += count
             if self._calls >= SAMPLE:
-                if self._seconds < QUICK_CALL * self._calls and not self._left_behind:
+                if self._seconds < QUICK_CALL * self._calls:
                     self._transmission.calls_are_quick()
                 self._calls, self._seconds = 0, 0.0
             self._lock.notify()
