@@ -205,8 +205,8 @@ class Connection:
     def _live(self) -> None:
         server = self._server
         log.debug(f"connection from {self.session.peer_name or 'a Unix socket'}")
-        if self._ending:
-            return
+        if self._ending or server.stopping.is_set():
+            return  # it has waited for its turn, and there is none any more
         try:
             with server.control_lock:
                 server.chain.preconnect(server.readonly)
