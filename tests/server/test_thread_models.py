@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -267,6 +268,22 @@ class Devices(Plugin):
         return self.device
 
 
+@contextmanager
+def serving(
+    device: Device,
+    release: threading.Event,
+    model: int = PARALLEL,
+    blocking: bool | None = None,
+    threads: int = 16,
+) -> Iterator[RunningServer]:
+    """Serve a device; before the server is stopped (it waits for its calls), release is set."""
+    with pynbdkit.serve(Devices(device, model, blocking), threads=threads) as server:
+        try:
+            yield server
+        finally:
+            release.set()
+
+
 def client_of(server: RunningServer) -> Raw:
     assert server.socket is not None
     return Raw(server.socket)
@@ -278,11 +295,9 @@ def read_ok(client: Raw, offset: int = 0) -> None:
 
 
 @pytest.fixture
-def release() -> Iterator[threading.Event]:
-    """What waits for it in a server goes on at the end, at the latest."""
-    event = threading.Event()
-    yield event
-    event.set()
+def release() -> threading.Event:
+    """What calls wait for."""
+    return threading.Event()
 
 
 def until(event: threading.Event) -> None:
@@ -299,7 +314,7 @@ def test_serialize_requests_runs_connections_at_the_same_time() -> None:
 
 def test_serialize_requests_runs_one_of_a_connection(release: threading.Event) -> None:
     device = Meeting(lambda offset: until(release))
-    with pynbdkit.serve(Devices(device, REQUESTS, True)) as server, client_of(server) as client:
+    with serving(device, release, REQUESTS, True) as server, client_of(server) as client:
         for cookie in range(4):
             client.ask(READ, cookie, cookie, 8)
         assert device.calls.reaches(1)
@@ -311,7 +326,7 @@ def test_serialize_requests_runs_one_of_a_connection(release: threading.Event) -
 def test_serialize_all_requests_runs_one_of_all_connections(release: threading.Event) -> None:
     device = Meeting(lambda offset: until(release))
     with (
-        pynbdkit.serve(Devices(device, ALL_REQUESTS, True)) as server,
+        serving(device, release, ALL_REQUESTS, True) as server,
         client_of(server) as first,
         client_of(server) as second,
     ):
@@ -392,8 +407,7 @@ def test_a_stop_while_a_client_waits_for_its_turn() -> None:
 @pytest.mark.parametrize("threads", [2, 5])
 def test_parallel_runs_as_many_as_there_are_threads(threads: int, release: threading.Event) -> None:
     device = Meeting(lambda offset: until(release))
-    plugin = Devices(device, PARALLEL, True)
-    with pynbdkit.serve(plugin, threads=threads) as server, client_of(server) as client:
+    with serving(device, release, PARALLEL, True, threads) as server, client_of(server) as client:
         for cookie in range(3 * threads):
             client.ask(READ, cookie, cookie, 8)
         assert device.calls.reaches(threads)
@@ -405,9 +419,8 @@ def test_parallel_runs_as_many_as_there_are_threads(threads: int, release: threa
 
 def test_each_connection_has_its_own_threads(release: threading.Event) -> None:
     device = Meeting(lambda offset: until(release))
-    plugin = Devices(device, PARALLEL, True)
     with (
-        pynbdkit.serve(plugin, threads=2) as server,
+        serving(device, release, PARALLEL, True, 2) as server,
         client_of(server) as first,
         client_of(server) as second,
     ):
@@ -426,8 +439,7 @@ def test_one_thread_is_one_request_at_a_time(
     blocking: bool | None, release: threading.Event
 ) -> None:
     device = Meeting(lambda offset: until(release))
-    plugin = Devices(device, PARALLEL, blocking)
-    with pynbdkit.serve(plugin, threads=1) as server, client_of(server) as client:
+    with serving(device, release, PARALLEL, blocking, 1) as server, client_of(server) as client:
         for cookie in range(4):
             client.ask(READ, cookie, cookie, 8)
         assert device.calls.reaches(1)
@@ -481,7 +493,7 @@ def test_a_call_may_wait_for_a_later_request_of_its_client(
     kind: int, at_once: bool, release: threading.Event
 ) -> None:
     device = Meeting(lambda offset: release.set() if offset == 8 else until(release))
-    with pynbdkit.serve(Devices(device)) as server, client_of(server) as client:
+    with serving(device, release) as server, client_of(server) as client:
         for _ in range(3):
             read_ok(client, 8)  # nothing waits yet
             release.clear()
@@ -500,7 +512,7 @@ def test_a_call_may_wait_for_a_later_request_of_its_client(
 
 def test_a_slow_request_does_not_hold_up_quick_ones(release: threading.Event) -> None:
     device = Meeting(lambda offset: until(release) if offset == 0 else None)
-    with pynbdkit.serve(Devices(device)) as server, client_of(server) as client:
+    with serving(device, release) as server, client_of(server) as client:
         client.ask(READ, 0, 0, 8)
         assert device.calls.reaches(1)
         for offset in range(8, 408, 8):
@@ -525,7 +537,7 @@ def test_the_payload_of_a_call_that_was_left_behind_stays_what_it_was(
                 seen.append(bytes(buf))
 
     device = Disk(lambda offset: None)
-    with pynbdkit.serve(Devices(device)) as server, client_of(server) as client:
+    with serving(device, release) as server, client_of(server) as client:
         client.ask(WRITE, 1, 0, 4096, payload=b"A" * 4096)
         assert device.calls.reaches(1)
         for cookie in range(2, 200):
@@ -539,7 +551,7 @@ def test_the_payload_of_a_call_that_was_left_behind_stays_what_it_was(
 def test_no_more_than_the_threads_wait_at_once(release: threading.Event) -> None:
     """The call that was left behind counts as one of them; and more calls make no more threads."""
     device = Meeting(lambda offset: until(release))
-    with pynbdkit.serve(Devices(device), threads=3) as server, client_of(server) as client:
+    with serving(device, release, threads=3) as server, client_of(server) as client:
         client.ask(READ, 0, 0, 8)
         assert device.calls.reaches(1)
         for cookie in range(1, 50):
@@ -558,7 +570,7 @@ def test_a_call_that_waits_for_ever_makes_no_thread_for_each_of_its_kind(
     device = Meeting(lambda offset: until(release) if offset == 0 else None)
     threads = 3
     before = threading.active_count()
-    with pynbdkit.serve(Devices(device), threads=threads) as server, client_of(server) as client:
+    with serving(device, release, threads=threads) as server, client_of(server) as client:
         for number in range(threads - 1):
             client.ask(READ, 0, 0, 8)
             assert device.calls.reaches(number + 1)
@@ -612,7 +624,48 @@ def test_many_changes_leave_no_threads_behind() -> None:
             for _ in range(8, 8 * 400, 8):
                 client.simple(8)
         assert threading.active_count() - before <= 3 + 2 + 1
+        (connection,) = server._server._connections
+        assert connection._transmission is not None
+        crew = connection._transmission._crew
+        assert crew is not None
+        assert len(crew._threads) <= 2 * 2 + 1  # nor what is left of them
     assert threading.active_count() <= before
+
+
+def test_calls_left_behind_make_room_again(release: threading.Event) -> None:
+    """First all workers are there, then the reader is left behind: one of them makes room."""
+    together = threading.Barrier(2)
+
+    def on_read(offset: int) -> None:
+        if offset == 0:
+            together.wait(WAIT)
+        elif offset == 16:
+            until(release)
+
+    device = Meeting(on_read)
+    quick = b"".join(Raw.request(READ, 8, 8, 8) for _ in range(400))
+    with serving(device, release, threads=2) as server, client_of(server) as client:
+        (connection,) = server._server._connections
+        for _ in range(2):
+            for _ in range(3):  # two at once, each time, also in threads
+                client.ask(READ, 0, 0, 8)
+                client.ask(READ, 0, 0, 8)
+                assert [client.simple(8)[0] for _ in range(2)] == [0, 0]
+            transmission = connection._transmission
+            assert transmission is not None
+            while transmission._dispatching:
+                client.send(quick)
+                for _ in range(400):
+                    client.simple(8)
+            device.calls.highest = 0
+            for cookie in range(100, 110):
+                client.ask(READ, cookie, 16, 8)
+            assert device.calls.reaches(2)
+            assert not device.calls.reaches(3, NOT_YET)
+            release.set()
+            assert {client.simple(8)[0] for _ in range(10)} == set(range(100, 110))
+            release.clear()
+            assert device.calls.highest == 2
 
 
 def test_every_thread_knows_its_session(release: threading.Event) -> None:
@@ -641,7 +694,7 @@ def test_the_end_of_a_client_is_seen_while_its_call_waits(release: threading.Eve
             events.append(("close", self.calls.inside))
 
     device = Disk(lambda offset: until(release))
-    with pynbdkit.serve(Devices(device)) as server:
+    with serving(device, release) as server:
         for goodbye in (b"", Raw.request(DISC, 9)):
             client = client_of(server)
             client.ask(READ, 1, 0, 8)
