@@ -49,13 +49,14 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def full(tmp_path: Path) -> Path:
+def full(tmp_path: Path) -> Iterator[Path]:
     """A disk of the same size, without a hole, full of something else."""
     path = tmp_path / "full"
     with path.open("wb") as stream:
         for place in range(0, SIZE, len(FULL)):
             stream.write(FULL[: SIZE - place])
-    return path
+    yield path
+    path.unlink()  # pytest keeps its folders for a while
 
 
 @pytest.fixture

@@ -50,9 +50,13 @@ FILESYSTEMS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tools() -> None:
+    needs("mkfs.ext4", "e2fsck", "mkfs.xfs", "xfs_repair", "fstrim", "cp")
+
+
 @pytest.fixture(params=FILESYSTEMS)
 def filesystem(request: pytest.FixtureRequest) -> Filesystem:
-    needs("mkfs.ext4", "e2fsck", "mkfs.xfs", "xfs_repair", "fstrim", "cp")
     return FILESYSTEMS[request.param]
 
 
