@@ -11,10 +11,10 @@ from pathlib import Path
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import pytest
-from command import can_bind
 from hypothesis import given
 from hypothesis import strategies as st
 
+from command import can_bind
 from pynbdkit.cli.background import Identity
 from pynbdkit.cli.options import parse
 from pynbdkit.cli.where import Where, _host, percent, private_folder
