@@ -278,9 +278,14 @@ def test_pipes_wait_for_a_reader(
     pipes: tuple[Pipes, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair, _, drain = pipes
-    waits = []
+    waits: list[str] = []
     wait = pair._write.wait
-    monkeypatch.setattr(pair._write, "wait", lambda: waits.append(wait()))
+
+    def noted() -> None:
+        waits.append("it waits")
+        wait()
+
+    monkeypatch.setattr(pair._write, "wait", noted)
     data = bytes(1 << 20)
     thread, results = in_thread(lambda: sum(iter_send(pair, data)))
     got = 0
