@@ -56,6 +56,15 @@ def test_a_daemon_is_ready_when_its_parent_has_ended(sockdir: Path, connect: Con
     assert (sockdir / "s").exists()  # as nbdkit leaves it
 
 
+@pytest.mark.parametrize("redirect", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_daemon_of_a_caller_without_stdio(redirect: str, sockdir: Path, connect: Connect) -> None:
+    """None of the server's own descriptors is taken for one of those."""
+    command = f'"$@" -U s -P pid memory 1M {redirect}'
+    subprocess.run(["sh", "-c", command, "sh", *COMMAND], cwd=sockdir, timeout=30, check=True)
+    with daemon(sockdir / "pid"):
+        assert connect(uri(sockdir / "s")).get_size() == 1 << 20
+
+
 def test_pipes_of_the_caller_are_let_go(sockdir: Path) -> None:
     """$(pynbdkit …) returns: the server holds neither stdout nor stderr open."""
     command = [*COMMAND, "-U", "s", "-P", "pid", "--print-uri", "memory", "1M"]

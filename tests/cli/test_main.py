@@ -293,7 +293,7 @@ def test_bytes_that_are_no_text_are_one_line(tmp_path: Path) -> None:
     ],
 )
 def test_output_that_cannot_be_written(words: str, says: str) -> None:
-    command = f"{shlex.join(COMMAND)} {words}"
+    command = f"unset PYTHONUNBUFFERED; {shlex.join(COMMAND)} {words}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (1, says)
 
@@ -301,7 +301,10 @@ def test_output_that_cannot_be_written(words: str, says: str) -> None:
 def test_a_reader_that_has_gone_is_no_news() -> None:
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([*COMMAND, "--help"], stdout=write, stderr=subprocess.PIPE, timeout=30)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [*COMMAND, "--help"], stdout=write, stderr=subprocess.PIPE, timeout=30, env=environment
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (1, b"")
 
@@ -409,6 +412,37 @@ def test_verbose_shows_where_a_step_failed(sockdir: Path) -> None:
     done = pynbdkit("-v", *SIZE, "./p.py", "1K", cwd=sockdir)
     assert "debug: Traceback" in done.stderr
     assert "self.no_such_thing()" in done.stderr
+
+
+# -- parameters ------------------------------------------------------------------------------------
+
+ECHO = """\
+import pynbdkit
+class Echo(pynbdkit.Plugin):
+    def config(self, key, value):
+        print(f"{key}={value}")
+    def open(self, session): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "out", "says"),
+    [
+        (["a=b", "c-d.e_9=", "F=a=b"], "a=b\nc-d.e_9=\nF=a=b\n", ""),
+        (["file", "a=b"], "script=file\na=b\n", ""),  # nbdkit(1), "Magic parameters"
+        (["./a=b"], "script=./a=b\n", ""),
+        (["9a=b"], "script=9a=b\n", ""),
+        (["=b"], "script==b\n", ""),
+        (["ü=b"], "script=ü=b\n", ""),
+        (["a=b", "file"], "a=b\n", "expecting key=value on the command line but got: file"),
+        (["file", "9=b"], "script=file\n", "expecting key=value on the command line but got: 9=b"),
+    ],
+)
+def test_parameters(words: list[str], out: str, says: str, sockdir: Path) -> None:
+    (sockdir / "echo.py").write_text(ECHO)
+    done = pynbdkit("-U", "-", "./echo.py", *words, "--run", "true", cwd=sockdir)
+    assert (done.returncode, done.stdout) == (bool(says), out)
+    check_message([], done.stderr, says)
 
 
 # -- options that reach the server -----------------------------------------------------------------

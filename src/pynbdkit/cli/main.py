@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
 def run() -> None:
     """The console command: `main` on this process's arguments."""
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    for fd, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            discard(fd)  # nobody can be told, and the exit status is to be ours
+    sys.exit(status)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -110,7 +117,7 @@ def show(lines: Iterable[str]) -> int:
         out.flush()
     except OSError as error:
         if out is not None:
-            discard_stdout()
+            discard(1)
         if not isinstance(error, BrokenPipeError):
             from .. import log
 
@@ -119,11 +126,13 @@ def show(lines: Iterable[str]) -> int:
     return 0
 
 
-def discard_stdout() -> None:
-    """stdout cannot be written to: Python must not try it again at exit."""
+def discard(fd: int) -> None:
+    """stdout or stderr cannot be written to: Python must not try it again at exit."""
     import os
 
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, fd)
+    os.close(null)
 
 
 def _refuse_unsupported(line: CommandLine) -> None:

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..server.listen import inherited
 from ..server.server import Server
 from . import background
-from .main import discard_stdout
+from .main import discard
 from .options import UsageError
 from .step import step
 from .where import Where
@@ -143,7 +143,7 @@ class Service:
             try:
                 print(uri, flush=True)
             except OSError as error:
-                discard_stdout()
+                discard(1)
                 raise ConfigError(f"--print-uri: {error.strerror}") from None
 
 
