@@ -25,7 +25,7 @@ def run() -> None:
             if stream is not None:
                 stream.flush()
         except (OSError, ValueError):
-            discard(fd)  # nobody can be told, and the exit status is to be ours
+            _discard(fd)  # nobody can be told, and the exit status is to be ours
     sys.exit(status)
 
 
@@ -116,8 +116,6 @@ def show(lines: Iterable[str]) -> int:
             out.write(line + "\n")
         out.flush()
     except OSError as error:
-        if out is not None:
-            discard(1)
         if not isinstance(error, BrokenPipeError):
             from .. import log
 
@@ -126,7 +124,7 @@ def show(lines: Iterable[str]) -> int:
     return 0
 
 
-def discard(fd: int) -> None:
+def _discard(fd: int) -> None:
     """stdout or stderr cannot be written to: Python must not try it again at exit."""
     import os
 

@@ -15,7 +15,6 @@ from ..errors import ConfigError
 from ..server.listen import inherited
 from ..server.server import Server
 from . import background
-from .main import discard
 from .options import UsageError
 from .step import step
 from .where import Where
@@ -143,7 +142,6 @@ class Service:
             try:
                 print(uri, flush=True)
             except OSError as error:
-                discard(1)
                 raise ConfigError(f"--print-uri: {error.strerror}") from None
 
 
