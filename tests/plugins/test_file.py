@@ -5,6 +5,7 @@ What it promises about stable storage is in test_stable.py, block devices are in
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -346,8 +347,8 @@ def test_other_errors_of_opening_are_errors(
 
 def test_wrong_parameters(tmp_path: Path, disk: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with socket.socket(socket.AF_UNIX) as sock:
-        os.chdir(tmp_path)  # the path of a Unix socket is short
+    # The path of a Unix socket is short.
+    with socket.socket(socket.AF_UNIX) as sock, contextlib.chdir(tmp_path):
         sock.bind("sock")
     cases: list[tuple[list[Any], str]] = [
         ([], "you must supply [file=]<FILENAME>"),
