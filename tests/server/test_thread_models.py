@@ -289,6 +289,16 @@ def client_of(server: RunningServer) -> Raw:
     return Raw(server.socket)
 
 
+def cookies(client: Raw, count: int) -> list[int]:
+    """Whose replies come next, none of them an error."""
+    result = []
+    for _ in range(count):
+        cookie, error, _ = client.simple(8)
+        assert error == 0, cookie
+        result.append(cookie)
+    return result
+
+
 def read_ok(client: Raw, offset: int = 0) -> None:
     client.ask(READ, offset, offset, 8)
     assert client.simple(8) == (offset, 0, offset.to_bytes(8, "big"))
@@ -320,7 +330,7 @@ def test_serialize_requests_runs_one_of_a_connection(release: threading.Event) -
         assert device.calls.reaches(1)
         assert not device.calls.reaches(2, NOT_YET)
         release.set()
-        assert [client.simple(8)[0] for _ in range(4)] == [0, 1, 2, 3]
+        assert cookies(client, 4) == [0, 1, 2, 3]
 
 
 def test_serialize_all_requests_runs_one_of_all_connections(release: threading.Event) -> None:
@@ -335,8 +345,8 @@ def test_serialize_all_requests_runs_one_of_all_connections(release: threading.E
         second.ask(READ, 2, 16, 8)
         assert not device.calls.reaches(2, NOT_YET)
         release.set()
-        assert first.simple(8)[0] == 1
-        assert second.simple(8)[0] == 2
+        assert cookies(first, 1) == [1]
+        assert cookies(second, 1) == [2]
     assert device.calls.highest == 1
 
 
@@ -413,7 +423,7 @@ def test_parallel_runs_as_many_as_there_are_threads(threads: int, release: threa
         assert device.calls.reaches(threads)
         assert not device.calls.reaches(threads + 1, NOT_YET)
         release.set()
-        assert {client.simple(8)[0] for _ in range(3 * threads)} == set(range(3 * threads))
+        assert set(cookies(client, 3 * threads)) == set(range(3 * threads))
     assert device.calls.highest == threads
 
 
@@ -431,7 +441,7 @@ def test_each_connection_has_its_own_threads(release: threading.Event) -> None:
         assert not device.calls.reaches(5, NOT_YET)
         release.set()
         for client in (first, second):
-            assert {client.simple(8)[0] for _ in range(4)} == set(range(4))
+            assert set(cookies(client, 4)) == set(range(4))
 
 
 @pytest.mark.parametrize("blocking", [None, True])
@@ -445,7 +455,7 @@ def test_one_thread_is_one_request_at_a_time(
         assert device.calls.reaches(1)
         assert not device.calls.reaches(2, NOT_YET)
         release.set()
-        assert [client.simple(8)[0] for _ in range(4)] == [0, 1, 2, 3]
+        assert cookies(client, 4) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("model", [CONNECTIONS, ALL_REQUESTS, REQUESTS])
@@ -481,7 +491,7 @@ def test_a_layer_that_may_wait_is_enough() -> None:
     ):
         for cookie in range(3):
             client.ask(READ, cookie, cookie, 8)
-        assert {client.simple(8)[0] for _ in range(3)} == {0, 1, 2}
+        assert set(cookies(client, 3)) == {0, 1, 2}
 
 
 # -- calls that wait, and nobody has said so -------------------------------------------------------
@@ -518,7 +528,7 @@ def test_a_slow_request_does_not_hold_up_quick_ones(release: threading.Event) ->
         for offset in range(8, 408, 8):
             read_ok(client, offset)
         client.send(b"".join(client.request(READ, n, n, 8) for n in range(8, 808, 8)))
-        assert {client.simple(8)[0] for _ in range(100)} == set(range(8, 808, 8))
+        assert set(cookies(client, 100)) == set(range(8, 808, 8))
         release.set()
         assert client.simple(8) == (0, 0, bytes(8))
 
@@ -559,7 +569,7 @@ def test_no_more_than_the_threads_wait_at_once(release: threading.Event) -> None
         assert device.calls.reaches(3)
         assert not device.calls.reaches(4, NOT_YET)
         release.set()
-        assert {client.simple(8)[0] for _ in range(50)} == set(range(50))
+        assert set(cookies(client, 50)) == set(range(50))
     assert device.calls.highest == 3
 
 
@@ -576,11 +586,11 @@ def test_a_call_that_waits_for_ever_makes_no_thread_for_each_of_its_kind(
             assert device.calls.reaches(number + 1)
             for _ in range(6):
                 client.send(b"".join(client.request(READ, n, n, 8) for n in range(8, 808, 8)))
-                assert {client.simple(8)[0] for _ in range(100)} == set(range(8, 808, 8))
+                assert set(cookies(client, 100)) == set(range(8, 808, 8))
         # accept, watch, the connection's own, and its workers
         assert threading.active_count() - before <= 3 + threads
         release.set()
-        assert [client.simple(8)[0] for _ in range(threads - 1)] == [0] * (threads - 1)
+        assert cookies(client, threads - 1) == [0] * (threads - 1)
 
 
 def test_waiting_calls_are_dispatched_and_quick_ones_run_where_they_are_read() -> None:
@@ -595,7 +605,7 @@ def test_waiting_calls_are_dispatched_and_quick_ones_run_where_they_are_read() -
         for _ in range(300):
             done = transmission._dispatching == dispatching
             client.send(b"".join(client.request(READ, n, n, 8) for n in range(30)))
-            assert {client.simple(8)[0] for _ in range(30)} == set(range(30))
+            assert set(cookies(client, 30)) == set(range(30))
             if done and transmission._dispatching == dispatching:
                 return device.threads[-30:]
         raise AssertionError(f"300 batches, and {dispatching=} was not seen")
@@ -619,7 +629,7 @@ def test_many_changes_leave_no_threads_behind() -> None:
         quick = b"".join(client.request(READ, n, n, 8) for n in range(8, 8 * 400, 8))
         for _ in range(15):
             client.send(client.request(READ, 0, 0, 8) + client.request(READ, 8, 8, 8))
-            assert {client.simple(8)[0] for _ in range(2)} == {0, 8}
+            assert set(cookies(client, 2)) == {0, 8}
             client.send(quick)
             for _ in range(8, 8 * 400, 8):
                 client.simple(8)
@@ -650,7 +660,7 @@ def test_calls_left_behind_make_room_again(release: threading.Event) -> None:
             for _ in range(3):  # two at once, each time, also in threads
                 client.ask(READ, 0, 0, 8)
                 client.ask(READ, 0, 0, 8)
-                assert [client.simple(8)[0] for _ in range(2)] == [0, 0]
+                assert cookies(client, 2) == [0, 0]
             transmission = connection._transmission
             assert transmission is not None
             while transmission._dispatching:
@@ -663,9 +673,65 @@ def test_calls_left_behind_make_room_again(release: threading.Event) -> None:
             assert device.calls.reaches(2)
             assert not device.calls.reaches(3, NOT_YET)
             release.set()
-            assert {client.simple(8)[0] for _ in range(10)} == set(range(100, 110))
+            assert set(cookies(client, 10)) == set(range(100, 110))
             release.clear()
             assert device.calls.highest == 2
+
+
+def run_quick(server: RunningServer, client: Raw) -> None:
+    """Send quick requests until they run where they are read."""
+    (connection,) = server._server._connections
+    transmission = connection._transmission
+    assert transmission is not None
+    for _ in range(300):
+        client.send(b"".join(client.request(READ, 8, 8, 8) for _ in range(100)))
+        for _ in range(100):
+            client.simple(8)
+        if not transmission._dispatching:
+            return
+    raise AssertionError("calls are dispatched for ever")
+
+
+def test_a_call_that_comes_back_does_not_hide_another_that_waits(
+    release: threading.Event,
+) -> None:
+    late, last = threading.Event(), threading.Event()
+
+    def on_read(offset: int) -> None:
+        if offset in (0, 16):
+            until(late if offset == 0 else last)
+        elif offset == 24:
+            last.set()
+
+    device = Meeting(on_read)
+    with serving(device, release) as server, client_of(server) as client:
+        client.ask(READ, 1, 0, 8)
+        assert device.calls.reaches(1)
+        run_quick(server, client)  # the first reader is left behind, the next runs calls
+        client.ask(READ, 2, 16, 8)
+        assert device.calls.reaches(2)
+        late.set()
+        assert cookies(client, 1) == [1]
+        client.ask(READ, 3, 24, 8)
+        assert set(cookies(client, 2)) == {2, 3}
+
+
+def test_what_waited_for_room_runs_when_there_is_some(release: threading.Event) -> None:
+    """All threads were left behind, none is a worker, and no other request comes."""
+    first = threading.Event()
+    waiting = {0: first, 16: release}
+    device = Meeting(lambda offset: until(waiting[offset]) if offset in waiting else None)
+    with serving(device, release, threads=2) as server, client_of(server) as client:
+        client.ask(READ, 1, 0, 8)
+        assert device.calls.reaches(1)
+        run_quick(server, client)
+        client.send(client.request(READ, 2, 16, 8) + client.request(READ, 3, 8, 8))
+        assert device.calls.reaches(2)
+        threading.Event().wait(NOT_YET)  # the second is left behind; the third waits for room
+        first.set()
+        assert set(cookies(client, 2)) == {1, 3}
+        release.set()
+        assert cookies(client, 1) == [2]
 
 
 def test_every_thread_knows_its_session(release: threading.Event) -> None:
@@ -679,7 +745,7 @@ def test_every_thread_knows_its_session(release: threading.Event) -> None:
     with pynbdkit.serve(Devices(Meeting(on_read))) as server, client_of(server) as client:
         for _ in range(3):
             client.send(client.request(READ, 1, 0, 8) + client.request(READ, 2, 8, 8))
-            assert {client.simple(8)[0] for _ in range(2)} == {1, 2}
+            assert set(cookies(client, 2)) == {1, 2}
     assert len({id(session) for session, _ in sessions}) == 1
     assert sessions[0][0] is not None
     assert len({name for _, name in sessions}) > 1
