@@ -83,6 +83,7 @@ class Service:
         needs_cleanup = False
         try:
             sockets = [] if self._client is not None else where.listen(self._identity)
+            log.debug(f"listening on {where.uri('')}" if sockets else "the client is on stdin")
             server = Server(
                 chain,
                 sockets,
