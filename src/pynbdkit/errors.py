@@ -44,3 +44,10 @@ _NBD: dict[int, int] = {
 def nbd_errno(number: int | None) -> int:
     """The protocol's error number for an errno: EIO where nothing fits."""
     return _NBD.get(number or _errno.EIO, _errno.EIO)
+
+
+def errno_of(failure: BaseException) -> int | None:
+    """The errno that an exception stands for; None where it says nothing."""
+    if isinstance(failure, MemoryError):
+        return _errno.ENOMEM
+    return failure.errno if isinstance(failure, OSError) else None

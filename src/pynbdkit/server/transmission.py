@@ -22,7 +22,6 @@ Replies gather in `_ready`; whoever holds `_send_lock` sends all of them.
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import threading
@@ -31,13 +30,12 @@ from time import perf_counter, thread_time
 
 from .. import log
 from ..complete import exactly
-from ..errors import nbd_errno
-from ..flags import CacheMode, Flag, Fua, ThreadModel, ZeroMode
+from ..errors import errno_of, nbd_errno
+from ..flags import Flag, Fua, ThreadModel
 from ..protocol.constants import (
     CMD_BLOCK_STATUS,
     CMD_CACHE,
     CMD_DISC,
-    CMD_FLAG_DF,
     CMD_FLAG_FAST_ZERO,
     CMD_FLAG_FUA,
     CMD_FLAG_NO_HOLE,
@@ -48,9 +46,6 @@ from ..protocol.constants import (
     CMD_WRITE,
     CMD_WRITE_ZEROES,
     MAX_PAYLOAD,
-    NBD_EINVAL,
-    NBD_ENOSPC,
-    NBD_EPERM,
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
 )
@@ -63,6 +58,7 @@ from ..protocol.replies import (
 )
 from ..protocol.requests import RequestParser
 from .crew import Crew, Disconnect
+from .rules import Rules
 from .watch import GATE_PATIENCE
 
 TYPE_CHECKING = False
@@ -99,7 +95,8 @@ _NAMES: Final = {
     CMD_WRITE_ZEROES: "zero",
     CMD_BLOCK_STATUS: "extents",
 }
-_zeros: list[bytes] = [b""]
+ZEROS_AT_ONCE: Final = 64 << 10
+_ZEROS: Final = bytes(ZEROS_AT_ONCE)
 
 
 class Transmission:
@@ -134,12 +131,8 @@ class Transmission:
 
         self._size = layer.get_size()
         self._can_write = layer.can_write()
-        self._can_flush = layer.can_flush()
-        self._can_trim = layer.can_trim()
-        self._can_zero = layer.can_zero() != ZeroMode.NONE
-        self._can_fast_zero = layer.can_fast_zero()
         self._can_fua = layer.can_fua() != Fua.NONE
-        self._can_cache = layer.can_cache() != CacheMode.NONE
+        self._rules = Rules(layer, self._structured, self._context is not None)
         self._group = layer.pwrite_group()
 
         self._ready: list[Any] = []
@@ -429,7 +422,7 @@ class Transmission:
         """
         group = self._group
         assert group is not None
-        if any(self._check(r[0], r[1], r[3], r[4], r[5]) for r in held):
+        if any(self._rules.check(r[0], r[1], r[3], r[4], r[5]) for r in held):
             return False
         try:
             if not group([(request[5], request[3]) for request in held]):
@@ -452,7 +445,7 @@ class Transmission:
         payload: memoryview | None,
     ) -> int:
         """Run one request and put its reply on `_ready`; returns the bytes of data in it."""
-        refused = self._check(flags, kind, offset, count, payload)
+        refused = self._rules.check(flags, kind, offset, count, payload)
         if refused is not None:
             if kind == CMD_DISC:
                 self.goodbye = True
@@ -469,54 +462,6 @@ class Transmission:
         except BaseException as failure:
             self._fail(kind, cookie, offset, count, failure)
             return 0
-
-    def _check(
-        self, flags: int, kind: int, offset: int, count: int, payload: memoryview | None
-    ) -> tuple[int, str] | None:
-        """Why a request must be refused, as (protocol's error, text); None: it is good.
-
-        NBD protocol, "Request types" and "Command flags"; plugin-contract.md, "FUA".
-        """
-        fua = CMD_FLAG_FUA if self._can_fua else 0
-        if kind == CMD_READ:
-            allowed = fua | (CMD_FLAG_DF if self._structured else 0)
-            possible = True
-        elif kind == CMD_WRITE:
-            allowed, possible = fua, True
-        elif kind == CMD_FLUSH:
-            allowed, possible = fua, self._can_flush
-        elif kind == CMD_TRIM:
-            allowed, possible = fua, self._can_trim or not self._can_write
-        elif kind == CMD_CACHE:
-            allowed, possible = fua, self._can_cache
-        elif kind == CMD_WRITE_ZEROES:
-            fast = CMD_FLAG_FAST_ZERO if self._can_fast_zero else 0
-            allowed = fua | CMD_FLAG_NO_HOLE | fast
-            possible = self._can_zero or not self._can_write
-        elif kind == CMD_BLOCK_STATUS:
-            allowed, possible = fua | CMD_FLAG_REQ_ONE, self._context is not None
-        elif kind == CMD_DISC:
-            return 0, ""
-        else:
-            return NBD_EINVAL, f"unknown command {kind}"
-        if not self._can_write and kind in (CMD_WRITE, CMD_TRIM, CMD_WRITE_ZEROES):
-            return NBD_EPERM, "the export is read-only"
-        if not possible:
-            return NBD_EINVAL, "not offered"
-        if flags & ~allowed:
-            return NBD_EINVAL, f"flags {flags & ~allowed:#x} are unknown, or not offered"
-        if kind == CMD_FLUSH:
-            return (NBD_EINVAL, "flush with offset or length") if offset or count else None
-        if not count:
-            return NBD_EINVAL, "length 0"
-        if count > MAX_PAYLOAD and kind in (CMD_READ, CMD_WRITE):
-            return NBD_EINVAL, f"length {count} is more than {MAX_PAYLOAD}"
-        if offset + count > self._size:
-            error = NBD_ENOSPC if kind in (CMD_WRITE, CMD_WRITE_ZEROES) else NBD_EINVAL
-            return error, f"beyond the end of the export ({self._size} bytes)"
-        if kind == CMD_WRITE and payload is None:
-            return NBD_EINVAL, "no payload"
-        return None
 
     def _call(
         self,
@@ -702,13 +647,15 @@ def _switches() -> int:
 
 
 def _is_zero(data: bytes | bytearray | memoryview, count: int) -> bool:
-    """Whether data is zeros throughout: a comparison that ends at the first other byte."""
+    """Whether data is zeros throughout: comparisons that end at the first other byte."""
     if data[0] or data[count >> 1] or data[count - 1]:
         return False
-    zeros = _zeros[0]
-    if len(zeros) < count:
-        zeros = _zeros[0] = bytes(count)
-    return data == (zeros if len(zeros) == count else memoryview(zeros)[:count])
+    if isinstance(data, memoryview):
+        data = data.tobytes()
+    for start in range(0, count - ZEROS_AT_ONCE + 1, ZEROS_AT_ONCE):
+        if not data.startswith(_ZEROS, start):
+            return False
+    return data.endswith(_ZEROS[: count % ZEROS_AT_ONCE])
 
 
 def _readable(sock: socket.socket) -> bool:
@@ -720,10 +667,3 @@ def _readable(sock: socket.socket) -> bool:
         return bool(poll.poll(0))
     except (OSError, ValueError):
         return False  # closed meanwhile
-
-
-def errno_of(failure: BaseException) -> int | None:
-    """The errno that an exception stands for; None where it says nothing."""
-    if isinstance(failure, MemoryError):
-        return errno.ENOMEM
-    return failure.errno if isinstance(failure, OSError) else None
