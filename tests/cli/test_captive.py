@@ -245,27 +245,26 @@ def test_a_second_signal_ends_the_server(sockdir: Path) -> None:
 def test_a_typed_interrupt_is_the_commands_business(sockdir: Path) -> None:
     """Ctrl-C reaches the whole group; a command that goes on (a prompt, say) keeps its disk."""
     command = (
-        "trap 'echo interrupted' INT; echo ready; read -r line; read -r line;"
-        ' nbdinfo --size "$uri"; exit 8'
+        "n=0; trap 'n=$((n + 1)); echo interrupted' INT; echo ready;"
+        ' while test $n -lt 2; do read -r line; done; nbdinfo --size "$uri"; exit 8'
     )
     pid, terminal = pty.fork()
     if pid == 0:  # pragma: no cover
         os.execv(COMMAND[0], [*COMMAND, "-U", "-", "memory", "1M", "--run", command])
-    with open(terminal, "rb", buffering=0) as stream:
-        text = read_until(stream.fileno(), b"ready")
-        for _ in range(2):
-            os.write(stream.fileno(), b"\x03")
-            text += read_until(stream.fileno(), b"interrupted")
-        os.write(stream.fileno(), b"\nsecond\n")
-        text += read_until(stream.fileno(), b"1048576")
+    try:
+        text = b""
+        for seen, typed in (
+            (b"ready", b"\x03"),
+            (b"interrupted", b"\x03"),
+            (b"interrupted\r\n1048576", b""),
+        ):
+            while seen not in text:
+                text += os.read(terminal, 1000)
+            text = text.split(seen, 1)[1]
+            os.write(terminal, typed)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 8
-
-
-def read_until(fd: int, what: bytes) -> bytes:
-    text = b""
-    while what not in text:
-        text += os.read(fd, 1000)
-    return text
+    finally:
+        os.close(terminal)
 
 
 def test_the_shell_does_not_outlive_a_server_that_is_killed_while_it_starts(sockdir: Path) -> None:
