@@ -191,16 +191,17 @@ class Connection:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
-    def cut_off(self) -> bool:
-        """End a connection that waits for its client; whether the client does not take replies.
+    @property
+    def waits_for_client(self) -> bool:
+        """Whether it sends, or is in its handshake; one whose requests run ends after them."""
+        return not self._killed and (self._transmission is None or self._transmission.sending)
 
-        One whose requests run is let be: it ends after them.
-        """
-        sending = self._transmission is not None and self._transmission.sending
-        if self._killed or not (sending or self._transmission is None):
+    def cut_off(self) -> bool:
+        """End it if it still waits for its client; returns whether replies are not taken."""
+        if not self.waits_for_client:
             return False
         self.kill()
-        return sending
+        return self._transmission is not None
 
     def _live(self) -> None:
         server = self._server

@@ -134,7 +134,9 @@ class Server:
             connection.stop()
         with self._none_left:
             while not self._wait_for_none(STOP_PATIENCE):
-                stuck = sum(connection.cut_off() for connection in self._connections)
+                waiting = [each for each in self._connections if each.waits_for_client]
+                self._none_left.wait(SLICE)  # one of them may just have begun to send
+                stuck = sum(each.cut_off() for each in waiting if each in self._connections)
                 if stuck:
                     log.warning(f"{stuck} client(s) do not take their replies: cut off")
                 else:
