@@ -294,6 +294,59 @@ def test_a_client_that_reads_slowly_gets_all_its_replies() -> None:
         stopper.join(WAIT)
 
 
+@pytest.mark.parametrize("when", ["in open", "in requests"])
+@pytest.mark.parametrize("tcp", [False, True])
+def test_a_client_that_never_pauses_does_not_keep_the_server_from_its_end(
+    tcp: bool, when: str
+) -> None:
+    """Over TCP, what comes after the reading side was shut down can still be read."""
+    opening, release, stopped = threading.Event(), threading.Event(), threading.Event()
+
+    def on_open(session: Session) -> None:
+        opening.set()
+        if when == "in open":
+            until(release)
+
+    def talk(client: Raw) -> None:
+        block = client.request(READ, 1, 0, 8) * 64
+        try:
+            while not stopped.is_set():
+                client.send(block)
+        except OSError:
+            pass
+
+    def listen(client: Raw) -> None:
+        try:
+            while client.sock.recv(1 << 20):
+                pass
+        except OSError:
+            pass
+
+    options: dict[str, Any] = {"tcp": ("127.0.0.1", 0)} if tcp else {}
+    nothing = threading.Event()  # calls are slow enough for requests to queue up
+    plugin = Recorder(on_open=on_open, blocking=False)
+    plugin.on_call = lambda session, offset: (nothing.wait(0.0001), None)[1]
+    with serving(plugin, release, stopped, **options) as server:
+        client = over_tcp(server, go=False) if tcp else client_of(server, go=False)
+        client.receive(18)
+        client.send(struct.pack(">IQIIIH", 3, 0x49484156454F5054, 7, 6, 0, 0))
+        threads = [threading.Thread(target=work, args=(client,)) for work in (talk, listen)]
+        for thread in threads:
+            thread.start()
+        until(opening)
+        threading.Event().wait(NOT_YET)
+        stopper = threading.Thread(target=server.stop)
+        stopper.start()
+        stopper.join(NOT_YET)
+        release.set()
+        stopper.join(5)
+        assert not stopper.is_alive()
+        stopped.set()
+        for thread in threads:
+            thread.join(WAIT)
+        client.close()
+
+
 def test_a_server_may_be_stopped_twice_and_by_many() -> None:
     plugin = Recorder()
     with serving(plugin) as server, client_of(server):
@@ -491,15 +544,16 @@ def test_a_sleep_ends_early_when_the_client_has_gone(tcp: bool) -> None:
         assert becomes(lambda: plugin.events[-1] == "close  0")
 
 
-def over_tcp(server: RunningServer) -> Raw:
+def over_tcp(server: RunningServer, go: bool = True) -> Raw:
     """A client of a server on TCP."""
-    listener = Raw.__new__(Raw)
-    listener.sock = socket.create_connection(("127.0.0.1", server.port))
-    listener.sock.settimeout(WAIT)
-    listener.receive(18)
-    listener.send(struct.pack(">I", 3))
-    assert option_answer(listener, "")[0] == ACK
-    return listener
+    client = Raw.__new__(Raw)
+    client.sock = socket.create_connection(("127.0.0.1", server.port))
+    client.sock.settimeout(WAIT)
+    if go:
+        client.receive(18)
+        client.send(struct.pack(">I", 3))
+        assert option_answer(client, "")[0] == ACK
+    return client
 
 
 def test_others_are_served_while_one_sleeps() -> None:
