@@ -735,7 +735,7 @@ def test_a_client_for_whom_there_is_no_thread_is_dropped(
         monkeypatch.setattr(threading.Thread, "start", no_start)
         with client_of(server, go=False) as client:
             assert client.at_end()
-        assert server.connections == 0
+        assert becomes(lambda: server.connections == 0)
         monkeypatch.setattr(threading.Thread, "start", start)
         with client_of(server) as client:
             assert client.size == SIZE
