@@ -278,22 +278,22 @@ def test_pipes_wait_for_a_reader(
     pipes: tuple[Pipes, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair, _, drain = pipes
-    waits: list[str] = []
+    waits = threading.Event()
     wait = pair._write.wait
 
     def noted() -> None:
-        waits.append("it waits")
+        waits.set()
         wait()
 
     monkeypatch.setattr(pair._write, "wait", noted)
     data = bytes(1 << 20)
     thread, results = in_thread(lambda: sum(iter_send(pair, data)))
+    assert waits.wait(30)
     got = 0
     while got < len(data):
         got += len(os.read(drain, 1 << 16))
     thread.join()
     assert results == [len(data)]
-    assert waits
 
 
 def iter_send(pair: Pipes, data: bytes) -> Iterator[int]:
