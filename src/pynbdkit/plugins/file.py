@@ -13,7 +13,7 @@ import os
 import stat
 from collections import deque
 
-from .. import fallocate, log, parameters
+from .. import fallocate, heap, log, parameters
 from ..device import Device
 from ..errors import ConfigError
 from ..extents import HOLE, ZERO
@@ -311,6 +311,8 @@ class FileDevice(Device):
 
     def pread(self, count: int, offset: int, flags: int) -> Buffer:
         """Read; the end of the file inside the disk (it was truncated) is EIO, never short data."""
+        if count >= heap.LARGE:
+            heap.keep()
         data = os.pread(self._fd, count, offset)
         if len(data) == count:
             return data
