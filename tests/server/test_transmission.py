@@ -536,6 +536,26 @@ def test_without_extents_all_is_allocated(connect: Callable[..., Any]) -> None:
         assert _status(connect(server), SIZE, 0) == [SIZE, 0]
 
 
+def test_long_answers_that_are_not_read_do_not_pile_up(server: RunningServer, disk: Disk) -> None:
+    """A request of 28 bytes may have an answer of some hundred kilobytes."""
+    disk.get_size = lambda: 1 << 30  # type: ignore[method-assign]
+    disk.answer = [(512 * number, 512, 3 * (number % 2)) for number in range(1 << 12)]
+    with connection(server, context=True) as client:
+        client.sock.settimeout(1.0)
+        one = client.request(STATUS, 1, 0, 1 << 30)
+        try:
+            while True:
+                client.send(one * 100)
+        except TimeoutError:
+            pass
+        (served,) = server._server._connections
+        transmission = served._transmission
+        assert transmission is not None
+        waiting = sum(map(len, transmission._ready))
+        assert waiting < 2 << 20
+        assert 1 <= len(disk.calls) < 100
+
+
 def test_block_status_without_a_context_is_refused(server: RunningServer, disk: Disk) -> None:
     with connection(server) as client:
         assert fails_with(client, STATUS, True)[0] == EINVAL
