@@ -23,7 +23,9 @@ class Session:
 
     Attributes: `readonly` (the server or a layer above wants no writes), `export_name` (sent by
     the client, not to be trusted), `is_tls`, `peer_name` (the socket's peer address: a tuple for
-    TCP, a text for a Unix socket, None where there is none).
+    TCP, a text for a Unix socket, None where there is none), `peer_tls_dn` and
+    `peer_tls_issuer_dn` (the names in the client's certificate, which was verified, in the form of
+    RFC 4514; "" where it has shown none), `peer_tls_user` (the user of its pre-shared key, or "").
     """
 
     __slots__ = (
@@ -34,6 +36,9 @@ class Session:
         "export_name",
         "is_tls",
         "peer_name",
+        "peer_tls_dn",
+        "peer_tls_issuer_dn",
+        "peer_tls_user",
         "readonly",
     )
 
@@ -53,6 +58,9 @@ class Session:
         self.export_name = export_name
         self.is_tls = is_tls
         self.peer_name = peer_name
+        self.peer_tls_dn = ""
+        self.peer_tls_issuer_dn = ""
+        self.peer_tls_user = ""
         self._credentials = credentials
         self._shutdown = shutdown
         self._disconnect = disconnect

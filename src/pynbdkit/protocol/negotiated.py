@@ -36,3 +36,4 @@ class Negotiated(NamedTuple):
     structured_replies: bool
     no_zeroes: bool
     contexts: tuple[tuple[int, str], ...]
+    extended_headers: bool = False

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..chain import Chain
+    from ..tls import Credentials
 
 SLICE = 0.1
 """Seconds between looks for a signal, while connections end."""
@@ -37,7 +38,10 @@ class Server:
     """Serves a configured chain on listening sockets.
 
     Arguments: `readonly` (-r); `threads` per connection (-t); `structured_replies` (False:
-    --no-sr); `handshake_mask` (--mask-handshake: bit 0 fixed newstyle, bit 1 no zeroes).
+    --no-sr); `meta_contexts` (False: --no-mc); `extended_headers` (False: --no-eh);
+    `handshake_mask` (--mask-handshake: bit 0 fixed newstyle, bit 1 no zeroes); `oldstyle` (-o);
+    `handshake_timeout` in seconds (--timeout; 0: no limit); `tls` ("off", "on" or "require", with
+    `credentials`, from which each connection takes the context of its TLS).
     """
 
     def __init__(
@@ -48,13 +52,25 @@ class Server:
         readonly: bool = False,
         threads: int = 16,
         structured_replies: bool = True,
+        meta_contexts: bool = True,
+        extended_headers: bool = True,
         handshake_mask: int = 3,
+        oldstyle: bool = False,
+        handshake_timeout: float = 0,
+        tls: str = "off",
+        credentials: Credentials | None = None,
     ) -> None:
         self.chain = chain
         self.readonly = readonly
         self.threads = threads or 16
         self.structured_replies = structured_replies
+        self.meta_contexts = meta_contexts
+        self.extended_headers = extended_headers
         self.handshake_mask = handshake_mask
+        self.oldstyle = oldstyle
+        self.handshake_timeout = handshake_timeout
+        self.tls = tls
+        self.credentials = credentials
         self.thread_model = chain.thread_model()
         self.connection_lock, self.request_lock, self.control_lock = needs_lock(self.thread_model)
         self.watch = Watch()
