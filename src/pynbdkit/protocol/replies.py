@@ -2,7 +2,10 @@
 
 A simple reply is a header (and a read's data). A structured reply is one or more chunks, the last
 one marked DONE. Once structured replies were negotiated, a read is answered by chunks alone (NBD
-protocol, "Structured replies"). The server's hot path packs `SIMPLE` and `DATA` itself.
+protocol, "Structured replies"); once extended headers were, every reply is made of chunks, whose
+header is longer and tells the request's offset again. The encoders of chunks take that offset as
+`at`: None stands for structured replies without extended headers. The server's hot path packs
+`SIMPLE`, `DATA` and their extended forms itself.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ from struct import error as StructError
 from .constants import (
     CMD_BLOCK_STATUS,
     CMD_READ,
+    EXTENDED_REPLY_MAGIC,
     MAX_PAYLOAD,
     MAX_STRING,
     REPLY_FLAG_DONE,
     REPLY_TYPE_BLOCK_STATUS,
+    REPLY_TYPE_BLOCK_STATUS_EXT,
     REPLY_TYPE_ERROR,
     REPLY_TYPE_ERROR_OFFSET,
     REPLY_TYPE_FLAG_ERROR,
@@ -41,10 +46,14 @@ CHUNK: Final = Struct(">IHHQI")
 """magic, flags, type, cookie, length of what follows."""
 DATA: Final = Struct(">IHHQIQ")
 """CHUNK with the offset that OFFSET_DATA begins with; the data follows."""
-HOLE: Final = Struct(">IHHQIQI")
-"""CHUNK with OFFSET_HOLE's offset and length."""
+EXTENDED_CHUNK: Final = Struct(">IHHQQQ")
+"""magic, flags, type, cookie, the request's offset, length of what follows."""
+EXTENDED_DATA: Final = Struct(">IHHQQQQ")
+"""EXTENDED_CHUNK with the offset that OFFSET_DATA begins with; the data follows."""
+_HOLE: Final = Struct(">QI")
 _ERROR: Final = Struct(">IH")
 _STATUS: Final = Struct(">II")
+_EXTENDED_STATUS: Final = Struct(">QQ")
 _OFFSET: Final = Struct(">Q")
 MAX_CHUNK: Final = MAX_PAYLOAD + 8
 """The longest chunk that a client takes."""
@@ -55,26 +64,38 @@ def encode_simple(cookie: int, error: int = 0) -> bytes:
     return SIMPLE.pack(SIMPLE_REPLY_MAGIC, error, cookie)
 
 
-def encode_none(cookie: int) -> bytes:
-    """The chunk that ends a structured reply and says nothing."""
-    return CHUNK.pack(STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, REPLY_TYPE_NONE, cookie, 0)
+def _header(done: bool, kind: int, cookie: int, length: int, at: int | None) -> bytes:
+    if at is None:
+        return CHUNK.pack(STRUCTURED_REPLY_MAGIC, int(done), kind, cookie, length)
+    return EXTENDED_CHUNK.pack(EXTENDED_REPLY_MAGIC, int(done), kind, cookie, at, length)
 
 
-def encode_data(cookie: int, offset: int, length: int, done: bool = True) -> bytes:
+def encode_none(cookie: int, at: int | None = None) -> bytes:
+    """The chunk that ends a reply and says nothing."""
+    return _header(True, REPLY_TYPE_NONE, cookie, 0, at)
+
+
+def encode_data(
+    cookie: int, offset: int, length: int, done: bool = True, at: int | None = None
+) -> bytes:
     """Header of an OFFSET_DATA chunk; `length` bytes of data follow it."""
-    return DATA.pack(
-        STRUCTURED_REPLY_MAGIC, int(done), REPLY_TYPE_OFFSET_DATA, cookie, length + 8, offset
-    )
+    return _header(done, REPLY_TYPE_OFFSET_DATA, cookie, length + 8, at) + _OFFSET.pack(offset)
 
 
-def encode_hole(cookie: int, offset: int, length: int, done: bool = True) -> bytes:
+def encode_hole(
+    cookie: int, offset: int, length: int, done: bool = True, at: int | None = None
+) -> bytes:
     """An OFFSET_HOLE chunk: `length` zeros."""
-    return HOLE.pack(
-        STRUCTURED_REPLY_MAGIC, int(done), REPLY_TYPE_OFFSET_HOLE, cookie, 12, offset, length
-    )
+    return _header(done, REPLY_TYPE_OFFSET_HOLE, cookie, 12, at) + _HOLE.pack(offset, length)
 
 
-def encode_error(cookie: int, error: int, message: str = "", offset: int | None = None) -> bytes:
+def encode_error(
+    cookie: int,
+    error: int,
+    message: str = "",
+    offset: int | None = None,
+    at: int | None = None,
+) -> bytes:
     """An error chunk that ends the reply, with a message for people and, for reads, the offset."""
     text = message.encode("utf-8", "replace")[:MAX_STRING].decode("utf-8", "ignore").encode()
     body = _ERROR.pack(error, len(text)) + text
@@ -82,20 +103,33 @@ def encode_error(cookie: int, error: int, message: str = "", offset: int | None 
     if offset is not None:
         kind = REPLY_TYPE_ERROR_OFFSET
         body += _OFFSET.pack(offset)
-    return CHUNK.pack(STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, kind, cookie, len(body)) + body
+    return _header(True, kind, cookie, len(body), at) + body
 
 
 def encode_status(
-    cookie: int, context: int, extents: Iterable[tuple[int, int]], done: bool = True
+    cookie: int,
+    context: int,
+    extents: Iterable[tuple[int, int]],
+    done: bool = True,
+    at: int | None = None,
 ) -> bytes:
-    """A BLOCK_STATUS chunk: (length, status flags) pairs for one context."""
-    body = context.to_bytes(4, "big") + b"".join(
-        _STATUS.pack(length, flags) for length, flags in extents
-    )
-    return (
-        CHUNK.pack(STRUCTURED_REPLY_MAGIC, int(done), REPLY_TYPE_BLOCK_STATUS, cookie, len(body))
-        + body
-    )
+    """The chunk of one context: (length, status flags) pairs, in 64 bits with extended headers.
+
+    Raises OverflowError for a length or flags that do not fit.
+    """
+    pairs = _STATUS if at is None else _EXTENDED_STATUS
+    try:
+        packed = [pairs.pack(length, flags) for length, flags in extents]
+    except StructError:
+        raise OverflowError("a status that needs more bits than the reply has") from None
+    body = b"".join(packed)
+    if at is None:
+        body = context.to_bytes(4, "big") + body
+        kind = REPLY_TYPE_BLOCK_STATUS
+    else:
+        body = _STATUS.pack(context, len(packed)) + body
+        kind = REPLY_TYPE_BLOCK_STATUS_EXT
+    return _header(done, kind, cookie, len(body), at) + body
 
 
 class Reply(NamedTuple):
@@ -103,7 +137,7 @@ class Reply(NamedTuple):
 
     `kind` is None for a simple reply, else REPLY_TYPE_*. `error` is 0 or the protocol's errno;
     `data` is what was read; `length` counts zeros (OFFSET_HOLE); `context` and `extents` belong to
-    BLOCK_STATUS.
+    BLOCK_STATUS and BLOCK_STATUS_EXT.
     """
 
     cookie: int
@@ -125,9 +159,10 @@ class ReplyParser:
     request. Raises ProtocolError where the server breaks the protocol.
     """
 
-    def __init__(self, structured: bool) -> None:
-        """`structured`: whether structured replies were negotiated."""
+    def __init__(self, structured: bool, extended: bool = False) -> None:
+        """Whether structured replies, and extended headers, were negotiated."""
         self._structured = structured
+        self._extended = extended
         self._buffer = bytearray()
         self._expected: dict[int, tuple[int, int, int]] = {}
 
@@ -159,10 +194,12 @@ class ReplyParser:
         if len(buffer) - at < 4:
             return None
         magic = int.from_bytes(buffer[at : at + 4], "big")
-        if magic == SIMPLE_REPLY_MAGIC:
+        if magic == EXTENDED_REPLY_MAGIC and self._extended:
+            return self._chunk(at, EXTENDED_CHUNK.size)
+        if magic == SIMPLE_REPLY_MAGIC and not self._extended:
             return self._simple(at)
-        if magic == STRUCTURED_REPLY_MAGIC and self._structured:
-            return self._chunk(at)
+        if magic == STRUCTURED_REPLY_MAGIC and self._structured and not self._extended:
+            return self._chunk(at, CHUNK.size)
         raise ProtocolError(f"reply with magic number {magic:#x}")
 
     def _request_of(self, cookie: int) -> tuple[int, int, int]:
@@ -188,14 +225,19 @@ class ReplyParser:
         del self._expected[cookie]
         return Reply(cookie, True, None, error, offset=offset, data=data), at
 
-    def _chunk(self, at: int) -> tuple[Reply, int] | None:
-        if len(self._buffer) - at < CHUNK.size:
+    def _chunk(self, at: int, size: int) -> tuple[Reply, int] | None:
+        if len(self._buffer) - at < size:
             return None
-        _, flags, kind, cookie, length = CHUNK.unpack_from(self._buffer, at)
+        if self._extended:
+            _, flags, kind, cookie, echo, length = EXTENDED_CHUNK.unpack_from(self._buffer, at)
+        else:
+            _, flags, kind, cookie, length = CHUNK.unpack_from(self._buffer, at)
         request = self._request_of(cookie)
         if length > MAX_CHUNK:
             raise ProtocolError(f"chunk of {length} bytes, more than {MAX_CHUNK}")
-        at += CHUNK.size
+        if self._extended and echo != request[1]:
+            raise ProtocolError(f"reply for offset {echo} to a request at {request[1]}")
+        at += size
         if len(self._buffer) - at < length:
             return None
         done = bool(flags & REPLY_FLAG_DONE)
@@ -225,13 +267,8 @@ class ReplyParser:
             if kind == REPLY_TYPE_ERROR_OFFSET and not start <= offset < start + count:
                 raise ProtocolError(f"error at {offset}, outside of the request")
             return Reply(cookie, done, kind, error, message, offset)
-        if kind == REPLY_TYPE_BLOCK_STATUS:
-            if command != CMD_BLOCK_STATUS or len(body) < 12 or (len(body) - 4) % 8:
-                raise ProtocolError(f"block status chunk of {len(body)} bytes")
-            pairs = tuple(_STATUS.iter_unpack(body[4:]))
-            if not all(pair[0] for pair in pairs):
-                raise ProtocolError("block status with an extent of no bytes")
-            return Reply(cookie, done, kind, context=int.from_bytes(body[:4], "big"), extents=pairs)
+        if kind == (REPLY_TYPE_BLOCK_STATUS_EXT if self._extended else REPLY_TYPE_BLOCK_STATUS):
+            return self._status(cookie, done, kind, body, command)
         if kind not in (REPLY_TYPE_OFFSET_DATA, REPLY_TYPE_OFFSET_HOLE):
             raise ProtocolError(f"chunk of unknown type {kind}")
         if command != CMD_READ:
@@ -248,3 +285,16 @@ class ReplyParser:
         if not size or offset < start or offset + size > start + count:
             raise ProtocolError(f"chunk for {size} bytes at {offset}, outside of the request")
         return Reply(cookie, done, kind, offset=offset, data=data, length=length)
+
+    def _status(self, cookie: int, done: bool, kind: int, body: bytes, command: int) -> Reply:
+        head, pair = (8, _EXTENDED_STATUS) if self._extended else (4, _STATUS)
+        rest = body[head:]
+        fits = len(body) > head and not len(rest) % pair.size
+        if self._extended and fits:
+            fits = int.from_bytes(body[4:8], "big") == len(rest) // pair.size
+        if command != CMD_BLOCK_STATUS or not fits:
+            raise ProtocolError(f"block status chunk of {len(body)} bytes")
+        pairs = tuple(pair.iter_unpack(rest))
+        if not all(found[0] for found in pairs):
+            raise ProtocolError("block status with an extent of no bytes")
+        return Reply(cookie, done, kind, context=int.from_bytes(body[:4], "big"), extents=pairs)

@@ -8,13 +8,23 @@ call of `space()` (or for good after `detach()`, which leaves them the old buffe
 A request is a plain tuple, because it is made once per request on the hot path:
 ``(flags, kind, cookie, offset, count, payload)``; `payload` is None but for a write, and for a
 write over the limit, whose payload is skipped as it arrives, without being stored.
+
+With extended headers the flag PAYLOAD_LEN alone says whether a payload follows; a write that has
+one comes out without the flag, so that it looks the same in both forms. All other requests keep
+it: `count` is then the length of their payload.
 """
 
 from __future__ import annotations
 
 from struct import Struct
 
-from .constants import CMD_WRITE, MAX_PAYLOAD, REQUEST_MAGIC
+from .constants import (
+    CMD_FLAG_PAYLOAD_LEN,
+    CMD_WRITE,
+    EXTENDED_REQUEST_MAGIC,
+    MAX_PAYLOAD,
+    REQUEST_MAGIC,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +34,8 @@ if TYPE_CHECKING:
 
 REQUEST: Final = Struct(">IHHQQI")
 """magic, command flags, type, cookie, offset, length (NBD protocol, "Request message")."""
+EXTENDED_REQUEST: Final = Struct(">IHHQQQ")
+"""The same with a length of 64 bits ("Extended request")."""
 
 SMALL_BUFFER: Final = 64 * 1024
 """What a connection begins with."""
@@ -36,24 +48,42 @@ MANY_REQUESTS: Final = 4096
 
 
 def encode_request(
-    kind: int, cookie: int, offset: int = 0, count: int = 0, flags: int = 0
+    kind: int,
+    cookie: int,
+    offset: int = 0,
+    count: int = 0,
+    flags: int = 0,
+    *,
+    extended: bool = False,
 ) -> bytes:
-    """The 28 bytes of a request; a write's payload follows them."""
-    return REQUEST.pack(REQUEST_MAGIC, flags, kind, cookie, offset, count)
+    """The 28 bytes of a request, 32 if `extended`; a write's payload follows them.
+
+    With extended headers a write is given PAYLOAD_LEN, as it must have.
+    """
+    if not extended:
+        return REQUEST.pack(REQUEST_MAGIC, flags, kind, cookie, offset, count)
+    if kind == CMD_WRITE:
+        flags |= CMD_FLAG_PAYLOAD_LEN
+    return EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, flags, kind, cookie, offset, count)
 
 
 class RequestParser:
     """Bytes from a client to requests; any split of the bytes gives the same requests."""
 
-    def __init__(self, first: bytes = b"", max_payload: int = MAX_PAYLOAD) -> None:
-        """`first`: bytes that came with the end of the handshake."""
+    def __init__(
+        self, first: bytes = b"", max_payload: int = MAX_PAYLOAD, extended: bool = False
+    ) -> None:
+        """`first`: bytes that came with the end of the handshake; `extended`: its headers."""
         self._max_payload = max_payload
+        self._extended = extended
         self._size = max(SMALL_BUFFER, len(first))
         self._view = memoryview(bytearray(self._size))
         self._view[: len(first)] = first
         self._start = 0  # first byte that is not parsed
         self._end = len(first)  # first byte that is not received
-        self._need = REQUEST.size  # bytes from _start that the next request needs
+        self._need = (
+            EXTENDED_REQUEST.size if extended else REQUEST.size
+        )  # bytes from _start that the next request needs
         self._skip = 0  # bytes of an oversized payload still to come
         self._aim = SMALL_BUFFER  # the size that the buffer should have, next time
         self.broken = ""
@@ -95,14 +125,22 @@ class RequestParser:
 
     def requests(self) -> list[Request]:
         """Every request that is complete, up to a wrong magic number (see `broken`)."""
+        if self._skip:
+            skipped = min(self._skip, self._end - self._start)
+            self._skip -= skipped
+            self._start += skipped
+        result = self._parse_extended() if self._extended else self._parse()
+        if self._end == self._size and len(result) < FEW_REQUESTS:
+            self._aim = min(4 * self._aim, LARGE_BUFFER)
+        elif len(result) > MANY_REQUESTS:
+            self._aim = SMALL_BUFFER
+        return result
+
+    def _parse(self) -> list[Request]:
         view, start, end = self._view, self._start, self._end
         result: list[Request] = []
         append = result.append
         unpack = REQUEST.unpack_from
-        if self._skip:
-            skipped = min(self._skip, end - start)
-            self._skip -= skipped
-            start += skipped
         self._need = 28
         while end - start >= 28:
             magic, flags, kind, cookie, offset, count = unpack(view, start)
@@ -128,10 +166,37 @@ class RequestParser:
                 append((flags, kind, cookie, offset, count, None))
                 start += 28
         self._start = start
-        if end == self._size and len(result) < FEW_REQUESTS:
-            self._aim = min(4 * self._aim, LARGE_BUFFER)
-        elif len(result) > MANY_REQUESTS:
-            self._aim = SMALL_BUFFER
+        return result
+
+    def _parse_extended(self) -> list[Request]:
+        """As `_parse`; a payload is where the flag says so, whatever the command."""
+        view, start, end = self._view, self._start, self._end
+        result: list[Request] = []
+        append = result.append
+        unpack = EXTENDED_REQUEST.unpack_from
+        self._need = 32
+        while end - start >= 32:
+            magic, flags, kind, cookie, offset, count = unpack(view, start)
+            if magic != EXTENDED_REQUEST_MAGIC:
+                self.broken = f"request with magic number {magic:#x}, not the extended one"
+                break
+            if not flags & CMD_FLAG_PAYLOAD_LEN or not count:
+                append((flags, kind, cookie, offset, count, None))
+                start += 32
+                continue
+            if kind == CMD_WRITE:
+                flags &= ~CMD_FLAG_PAYLOAD_LEN
+            stop = start + 32 + count
+            payload = view[start + 32 : stop] if count <= self._max_payload else None
+            if stop > end:
+                if payload is not None:
+                    self._need = 32 + count
+                    break
+                self._skip = stop - end
+                stop = end
+            append((flags, kind, cookie, offset, count, payload))
+            start = stop
+        self._start = start
         return result
 
     def detach(self) -> None:
