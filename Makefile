@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 TESTS ?= tests
 
-.PHONY: all test check pytest bench peers venv clean
+.PHONY: all test check pytest bench peers peers-next venv clean
 
 all: test
 
@@ -18,7 +18,7 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-pytest: venv peers
+pytest: venv peers-next
 	$(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
 
 bench: venv peers
@@ -33,6 +33,9 @@ $(VENV)/.installed: pyproject.toml
 peers:
 	scripts/peers
 
+peers-next: peers
+	scripts/peers-next
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .peers build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

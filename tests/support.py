@@ -49,6 +49,19 @@ def program(name: str) -> str:
     return path
 
 
+def next_peer(name: str) -> str:
+    """The path of a newer Debian's program: libnbd 1.22, qemu 10, nbdkit 1.42 (scripts/peers-next).
+
+    It runs like any other (the same files, sockets and network). Its python3 has libnbd's binding:
+    a script for it is a text, because this interpreter cannot load that library.
+    """
+    folder = Path(os.environ.get("PYNBDKIT_PEERS") or ROOT / ".peers" / "trixie")
+    path = folder / "bin" / name
+    if not path.exists():
+        lacking(f"no newer {name} in {folder}: scripts/peers-next makes it, or says what it lacks")
+    return str(path)
+
+
 def libnbd() -> ModuleType:
     """libnbd's Python binding (Debian's python3-libnbd, also from a virtual environment)."""
     try:
