@@ -14,7 +14,7 @@ from pynbdkit.protocol import handshake_client as hc
 from pynbdkit.protocol import options
 from pynbdkit.protocol.errors import HandshakeError, ProtocolError
 from pynbdkit.protocol.handshake_client import ClientHandshake, ExportInfo
-from pynbdkit.protocol.handshake_server import ServerHandshake
+from pynbdkit.protocol.handshake_server import ExportSource, ServerHandshake
 from pynbdkit.protocol.options import BlockSize
 
 EXPORT_NAME, ABORT, LIST, _, _, INFO, GO, STRUCTURED, LIST_META, SET_META = range(1, 11)
@@ -23,7 +23,7 @@ UNSUP, POLICY, INVALID, TLS_REQD, UNKNOWN, SHUTDOWN = (2**31 + n for n in (1, 2,
 SEND_DF = 1 << 7
 
 
-class Exports:
+class Exports(ExportSource):
     """The exports of the server that the client is wired to."""
 
     names = ("", "disk", "größe")

@@ -28,7 +28,7 @@ UNSUP, INVALID, UNKNOWN, SHUTDOWN, TOO_BIG = (2**31 + n for n in (1, 3, 6, 7, 9)
 SEND_DF = 1 << 7
 
 
-class Exports:
+class Exports(hs.ExportSource):
     """Two exports; ``opened`` has the names that were asked for, in order."""
 
     def __init__(self) -> None:
@@ -344,7 +344,6 @@ REFUSED = {
     "unknown option": (option(77, b"payload"), UNSUP),
     "withdrawn option": (option(PEEK), UNSUP),
     "no TLS here": (option(STARTTLS), UNSUP),
-    "no extended headers here": (option(EXTENDED), UNSUP),
     "unknown option of 1 MiB": (option(77, bytes(2**20)), UNSUP),
     "LIST with data": (option(LIST, b"x"), INVALID),
     "STRUCTURED_REPLY with data": (option(STRUCTURED, b"x"), INVALID),

@@ -7,22 +7,29 @@ Theory. The server speaks first (`ServerHandshake.greeting`). After that the cli
     CLIENT_FLAGS  4 bytes of client flags       OPTIONS; CLOSED if a flag was not offered
     OPTIONS       16 bytes of option header,    the option's row in the table below; CLOSED on
                   then the option's payload     a bad magic, an absurd length, too many options
+    STARTTLS      `tls_started`: the caller     OPTIONS, with all forgotten that was learnt
+                  runs TLS on the socket        before
     TRANSMISSION  nothing: handshake is over    what came after it is in `leftover`
     CLOSED        nothing: drop the connection  the reason is in `error`, None after an ABORT
 
     option             payload       success               refusal
     -----------------  ------------  --------------------  ----------------------------------
-    EXPORT_NAME        name          TRANSMISSION          CLOSED (it knows no error reply)
+    EXPORT_NAME        name          TRANSMISSION          CLOSED (it knows no error reply);
+                                                           also once headers are extended
     ABORT              ignored       REP_ACK, CLOSED       -
     LIST               none          REP_SERVER..., ACK    error reply, OPTIONS
-    STARTTLS           none          -                     UNSUP: this server has no TLS
+    STARTTLS           none          ACK, STARTTLS         UNSUP without TLS, INVALID twice
     INFO               name, infos   REP_INFO..., ACK      error reply, OPTIONS
     GO                 name, infos   the same, then        error reply, OPTIONS
                                      TRANSMISSION
     STRUCTURED_REPLY   none          ACK                   error reply, OPTIONS
+    EXTENDED_HEADERS   none          ACK                   error reply, OPTIONS
     *_META_CONTEXT     name, queries REP_META_CONTEXT...,  error reply, OPTIONS
                                      ACK
     anything else      skipped       -                     UNSUP, OPTIONS
+
+Under ``tls="require"`` every option but STARTTLS and ABORT is TLS_REQD until TLS runs, and neither
+its payload nor an export is looked at.
 
 A refused option never desynchronizes the stream: its payload is always read to the end, and is
 never stored when it cannot be used. So a connection holds at most one payload of the longest
@@ -33,6 +40,7 @@ from __future__ import annotations
 
 from .constants import (
     CONTEXT_BASE_ALLOCATION,
+    FLAG_BLOCK_STATUS_PAYLOAD,
     FLAG_C_FIXED_NEWSTYLE,
     FLAG_C_NO_ZEROES,
     FLAG_FIXED_NEWSTYLE,
@@ -46,17 +54,22 @@ from .constants import (
     MAX_PAYLOAD,
     MAX_STRING,
     NBDMAGIC,
+    OLDSTYLE_MAGIC,
     OPT_ABORT,
     OPT_EXPORT_NAME,
+    OPT_EXTENDED_HEADERS,
     OPT_GO,
     OPT_INFO,
     OPT_LIST,
     OPT_LIST_META_CONTEXT,
     OPT_SET_META_CONTEXT,
+    OPT_STARTTLS,
     OPT_STRUCTURED_REPLY,
     REP_ACK,
+    REP_ERR_EXT_HEADER_REQD,
     REP_ERR_INVALID,
     REP_ERR_SHUTDOWN,
+    REP_ERR_TLS_REQD,
     REP_ERR_TOO_BIG,
     REP_ERR_UNSUP,
     REP_INFO,
@@ -90,10 +103,19 @@ if TYPE_CHECKING:
 else:
     Protocol = object
 
-__all__ = ["ExportInfo", "ExportSource", "HandshakeError", "Negotiated", "ServerHandshake"]
+__all__ = [
+    "ExportInfo",
+    "ExportSource",
+    "HandshakeError",
+    "Negotiated",
+    "ServerHandshake",
+    "oldstyle",
+    "oldstyle_negotiated",
+]
 
 CLIENT_FLAGS: Final = "CLIENT_FLAGS"
 OPTIONS: Final = "OPTIONS"
+STARTTLS: Final = "STARTTLS"
 TRANSMISSION: Final = "TRANSMISSION"
 CLOSED: Final = "CLOSED"
 
@@ -137,20 +159,32 @@ class ExportSource(Protocol):
         del name
         return (CONTEXT_BASE_ALLOCATION,)
 
+    def forget(self) -> None:
+        """Close whatever is open: TLS begins, and what was asked before it may be an attacker's.
+
+        Called when STARTTLS is granted. An explicit subclass inherits that there is nothing to do.
+        """
+        return
+
 
 class ServerHandshake:
     """One connection's handshake; feed it what the client sends, send what it returns.
 
     Arguments:
         exports: the exports to offer.
-        structured_replies: whether to grant them (``--no-sr`` clears it; metadata contexts,
-            which need them, then go as well).
+        structured_replies: whether to grant them (``--no-sr`` clears it; metadata contexts and
+            extended headers, which imply them, then go as well).
+        meta_contexts: whether to know LIST_ and SET_META_CONTEXT (``--no-mc`` clears it).
+        extended_headers: whether to grant them (``--no-eh`` clears it).
         fixed: whether to offer fixed newstyle (``--mask-handshake``). Without it EXPORT_NAME is
             the only option that exists.
         no_zeroes: whether to offer NO_ZEROES (``--mask-handshake``).
+        tls: ``"off"``, ``"on"`` or ``"require"`` (NOTLS, SELECTIVETLS and FORCEDTLS in the
+            specification).
 
     Attributes:
-        state: CLIENT_FLAGS, OPTIONS, TRANSMISSION or CLOSED.
+        state: CLIENT_FLAGS, OPTIONS, STARTTLS, TRANSMISSION or CLOSED.
+        secure: whether TLS runs (`tls_started` was called).
         error: why the machine itself ended the connection, one line for the log, else None.
     """
 
@@ -159,27 +193,37 @@ class ServerHandshake:
         exports: ExportSource,
         *,
         structured_replies: bool = True,
+        meta_contexts: bool = True,
+        extended_headers: bool = True,
         fixed: bool = True,
         no_zeroes: bool = True,
+        tls: str = "off",
     ) -> None:
         self.state = CLIENT_FLAGS
+        self.secure = False
         self.error: str | None = None
         self._exports = exports
-        self._offer_structured = structured_replies
+        self._tls = tls
+        self._switched_off = _switched_off(structured_replies, meta_contexts, extended_headers)
         self._offer_flags = fixed * FLAG_FIXED_NEWSTYLE | no_zeroes * FLAG_NO_ZEROES
         self._client_flags = 0
         self._shutting_down = False
 
-        self._structured = False
-        self._contexts_for = ""
-        self._contexts: list[str] = []
+        self._forget()
         self._negotiated: Negotiated | None = None
 
         self._input = bytearray()
-        self._options_seen = 0
         self._option: int | None = None  # The option whose payload is awaited.
         self._left = 0  # Bytes of that payload which have not come or been skipped yet.
         self._refusal: HandshakeError | None = None  # Decided by the option's header alone.
+
+    def _forget(self) -> None:
+        """Go back to the start of the options: what TLS begins with, as a fresh connection does."""
+        self._structured = False
+        self._extended = False
+        self._contexts_for = ""
+        self._contexts: list[str] = []
+        self._options_seen = 0
 
     @property
     def negotiated(self) -> Negotiated:
@@ -190,8 +234,12 @@ class ServerHandshake:
 
     @property
     def leftover(self) -> bytes:
-        """Bytes received after the handshake's end: the head of the transmission phase."""
-        return bytes(self._input) if self.state == TRANSMISSION else b""
+        """Bytes received behind the handshake's end: the head of the transmission phase.
+
+        In the state STARTTLS: bytes received behind the option. They belong to TLS, which is to be
+        fed with them before anything else; as options they are never looked at.
+        """
+        return bytes(self._input) if self.state in (TRANSMISSION, STARTTLS) else b""
 
     def greeting(self) -> bytes:
         """Return what the server sends before anything else ("Newstyle negotiation")."""
@@ -214,6 +262,19 @@ class ServerHandshake:
                 break
             output += reply
         return bytes(output)
+
+    def tls_started(self) -> None:
+        """TLS runs on the connection: from now on `receive` takes what comes out of it.
+
+        Everything that the client has negotiated is forgotten ("NBD_OPT_STARTTLS"), and
+        `leftover`, which was TLS's. Raises RuntimeError in any state but STARTTLS.
+        """
+        if self.state != STARTTLS:
+            raise RuntimeError(f"TLS was not agreed on, the state is {self.state}")
+        self._input.clear()
+        self._forget()
+        self.secure = True
+        self.state = OPTIONS
 
     def begin_shutdown(self) -> None:
         """Refuse every option from now on with REP_ERR_SHUTDOWN; ABORT is still honoured."""
@@ -276,6 +337,10 @@ class ServerHandshake:
                 return self._close(f"{name}: export name of {length} bytes is too long")
             if self._shutting_down:
                 return self._close(f"{name}: the server is shutting down")
+            if self._needs_tls():
+                return self._close(f"{name}: the server requires TLS")
+            if self._extended:
+                return self._close(f"{name}: not allowed with extended headers")
         elif not self._offer_flags & FLAG_FIXED_NEWSTYLE:
             return self._close(f"{name}: not allowed without fixed newstyle")
         self._option = option
@@ -294,14 +359,24 @@ class ServerHandshake:
             # Such a client may know the error replies or not: it was offered them. Keep it.
             message = f"{name}: the client did not agree to fixed newstyle"
             return HandshakeError(REP_ERR_INVALID, message)
+        if self._needs_tls() and option != OPT_STARTTLS:
+            return HandshakeError(REP_ERR_TLS_REQD, f"{name}: the server requires TLS")
         if option not in self._HANDLERS:
             return HandshakeError(REP_ERR_UNSUP, f"{name} is not supported")
-        if option in (OPT_LIST, OPT_STRUCTURED_REPLY) and length:
+        if option in self._switched_off:
+            message = f"{self._switched_off[option]} are switched off"
+            return HandshakeError(REP_ERR_UNSUP, message)
+        if option == OPT_STARTTLS and self._tls == "off":
+            return HandshakeError(REP_ERR_UNSUP, "this server has no TLS")
+        if option in self._WITHOUT_DATA and length:
             return HandshakeError(REP_ERR_INVALID, f"{name} takes no data, {length} bytes came")
         if length > MAX_OPTION_DATA:
             message = f"{name}: {length} bytes of data, the server takes {MAX_OPTION_DATA}"
             return HandshakeError(REP_ERR_TOO_BIG, message)
         return None
+
+    def _needs_tls(self) -> bool:
+        return self._tls == "require" and not self.secure
 
     def _is_skipping(self) -> bool:
         return self._refusal is not None or self._option == OPT_ABORT
@@ -326,7 +401,7 @@ class ServerHandshake:
         name = decode_string(data, "export name")
         export = self._exports.open(name)
         self._enter_transmission(name, export)
-        reply = export.size.to_bytes(8, "big") + self._flags(export).to_bytes(2, "big")
+        reply = export.size.to_bytes(8, "big") + self._flags(name, export).to_bytes(2, "big")
         if self._client_flags & FLAG_C_NO_ZEROES:
             return reply
         return reply + bytes(ZEROES_LENGTH)
@@ -349,7 +424,7 @@ class ServerHandshake:
     def _on_info_or_go(self, option: int, data: bytes) -> bytes:
         query = decode_export_query(data)
         export = self._exports.open(query.name)
-        infos = [encode_info_export(export.size, self._flags(export))]
+        infos = [encode_info_export(export.size, self._flags(query.name, export))]
         if INFO_NAME in query.infos:
             try:
                 name = encode_string(export.name, "export name")
@@ -367,15 +442,24 @@ class ServerHandshake:
         replies = [encode_reply(option, REP_INFO, info) for info in infos]
         return b"".join([*replies, encode_reply(option, REP_ACK)])
 
+    def _on_starttls(self, option: int, _data: bytes) -> bytes:
+        if self.secure:
+            raise HandshakeError(REP_ERR_INVALID, "TLS runs already")
+        self._exports.forget()
+        self.state = STARTTLS
+        return encode_reply(option, REP_ACK)
+
     def _on_structured_reply(self, option: int, _data: bytes) -> bytes:
-        if not self._offer_structured:
-            raise HandshakeError(REP_ERR_UNSUP, "structured replies are switched off")
+        if self._extended:
+            raise HandshakeError(REP_ERR_EXT_HEADER_REQD, "headers are extended already")
         self._structured = True
         return encode_reply(option, REP_ACK)
 
+    def _on_extended_headers(self, option: int, _data: bytes) -> bytes:
+        self._structured = self._extended = True
+        return encode_reply(option, REP_ACK)
+
     def _on_meta_context(self, option: int, data: bytes) -> bytes:
-        if not self._offer_structured:
-            raise HandshakeError(REP_ERR_UNSUP, "structured replies are switched off")
         setting = option == OPT_SET_META_CONTEXT
         if setting and not self._structured:
             raise HandshakeError(REP_ERR_INVALID, "structured replies must be negotiated first")
@@ -395,28 +479,87 @@ class ServerHandshake:
         ]
         return b"".join([*replies, encode_reply(option, REP_ACK)])
 
-    def _flags(self, export: ExportInfo) -> int:
-        flags = export.flags | FLAG_HAS_FLAGS
-        return flags | FLAG_SEND_DF if self._structured else flags & ~FLAG_SEND_DF
+    def _contexts_of(self, name: str) -> list[str]:
+        """Return the contexts that were selected for this very export."""
+        return self._contexts if name == self._contexts_for else []
+
+    def _flags(self, name: str, export: ExportInfo) -> int:
+        flags = export.flags & ~(FLAG_SEND_DF | FLAG_BLOCK_STATUS_PAYLOAD) | FLAG_HAS_FLAGS
+        if self._structured:
+            flags |= FLAG_SEND_DF
+        if self._extended and self._contexts_of(name):
+            flags |= FLAG_BLOCK_STATUS_PAYLOAD
+        return flags
 
     def _enter_transmission(self, name: str, export: ExportInfo) -> None:
-        if name != self._contexts_for:
-            self._contexts = []  # They were selected for another export.
         self.state = TRANSMISSION
         self._negotiated = Negotiated(
-            export=export._replace(flags=self._flags(export)),
+            export=export._replace(flags=self._flags(name, export)),
             structured_replies=self._structured,
             no_zeroes=bool(self._client_flags & FLAG_C_NO_ZEROES),
-            contexts=tuple(enumerate(self._contexts, 1)),
+            contexts=tuple(enumerate(self._contexts_of(name), 1)),
+            extended_headers=self._extended,
         )
 
+    _WITHOUT_DATA: Final = (OPT_LIST, OPT_STARTTLS, OPT_STRUCTURED_REPLY, OPT_EXTENDED_HEADERS)
     _HANDLERS: Final[dict[int, Callable[[ServerHandshake, int, bytes], bytes]]] = {
         OPT_EXPORT_NAME: _on_export_name,
         OPT_ABORT: _on_abort,
         OPT_LIST: _on_list,
+        OPT_STARTTLS: _on_starttls,
         OPT_INFO: _on_info_or_go,
         OPT_GO: _on_info_or_go,
         OPT_STRUCTURED_REPLY: _on_structured_reply,
         OPT_LIST_META_CONTEXT: _on_meta_context,
         OPT_SET_META_CONTEXT: _on_meta_context,
+        OPT_EXTENDED_HEADERS: _on_extended_headers,
     }
+
+
+def _switched_off(structured: bool, contexts: bool, extended: bool) -> dict[int, str]:
+    """Return the options that the server is not to know, each with the feature's name."""
+    names: dict[int, str] = {}
+    if not extended:
+        names[OPT_EXTENDED_HEADERS] = "extended headers"
+    if not contexts:
+        names[OPT_LIST_META_CONTEXT] = names[OPT_SET_META_CONTEXT] = "metadata contexts"
+    if not structured:
+        for option in (
+            OPT_STRUCTURED_REPLY,
+            OPT_LIST_META_CONTEXT,
+            OPT_SET_META_CONTEXT,
+            OPT_EXTENDED_HEADERS,
+        ):
+            names[option] = "structured replies"
+    return names
+
+
+# --- Oldstyle ----------------------------------------------------------------------------------
+
+
+def oldstyle(export: ExportInfo) -> bytes:
+    """Return all of the oldstyle handshake, 152 bytes ("Oldstyle negotiation"; ``-o``).
+
+    The server sends it, the client nothing; transmission begins behind it.
+    """
+    flags = oldstyle_negotiated(export).export.flags  # The upper half, handshake flags, is empty.
+    head = NBDMAGIC << 64 | OLDSTYLE_MAGIC
+    return b"".join(
+        [
+            head.to_bytes(16, "big"),
+            export.size.to_bytes(8, "big"),
+            flags.to_bytes(4, "big"),
+            bytes(ZEROES_LENGTH),
+        ]
+    )
+
+
+def oldstyle_negotiated(export: ExportInfo) -> Negotiated:
+    """Return what an oldstyle handshake settles: simple replies, no contexts."""
+    flags = export.flags & ~(FLAG_SEND_DF | FLAG_BLOCK_STATUS_PAYLOAD) | FLAG_HAS_FLAGS
+    return Negotiated(
+        export=export._replace(flags=flags),
+        structured_replies=False,
+        no_zeroes=False,
+        contexts=(),
+    )
