@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 ZERO_PIECE: Final = 1 << 20
 """How many bytes of zeros one pwrite carries when zero is emulated."""
 MAX_SIZE: Final = (1 << 63) - 1
+MAX_STATUS: Final = (1 << 64) - 1
+"""What a context of a device may say of an extent: 64 bits."""
 MAX_EXTENTS: Final = 1 << 16
 """An answer with more extents is cut off (a server may answer for less than was asked)."""
 
@@ -55,11 +57,13 @@ def write_zeros(
     offset: int,
     fua: int,
     each_piece: bool,
+    session: Session | None = None,
 ) -> None:
     """Zero a range with pwrite, in pieces of at most ZERO_PIECE bytes.
 
     Where `fua` (Flag.FUA or 0) is set, each piece carries it (`each_piece`: FUA is native), or
-    one flush at the end keeps it (FUA is emulated). Raises what `pwrite` and `flush` raise.
+    one flush at the end keeps it (FUA is emulated). Raises what `pwrite` and `flush` raise, and
+    OSError(ESHUTDOWN) in the middle of a long range when the `session` is over.
     """
     each = fua if each_piece else 0
     while count > 0:
@@ -67,6 +71,8 @@ def write_zeros(
         pwrite(_zero_bytes(piece), offset, each)
         offset += piece
         count -= piece
+        if count and session is not None:
+            session.check()
     if fua and not each and flush is not None:
         flush(0)
 
@@ -89,6 +95,14 @@ def exactly(data: Buffer, count: int) -> Buffer:
     if len(view) < count:
         raise OSError(errno.EIO, f"pread returned {len(view)} bytes instead of {count}")
     return view[:count]
+
+
+def is_context_name(name: object) -> bool:
+    """Whether a text can be a metadata context's name: ``namespace:leaf``, up to 4096 bytes."""
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    namespace, _, leaf = name.partition(":")
+    return bool(namespace and leaf) and len(name.encode(errors="replace")) <= 4096
 
 
 def check_block_size(answer: object, where: str) -> tuple[int, int, int]:
@@ -126,6 +140,7 @@ class Layer:
     ``pwrite(buf, offset, flags)``, ``flush(flags)``, ``trim``, ``zero``, ``cache`` and
     ``extents(count, offset, flags)``, which returns a list of `Extent`. They raise OSError. The
     caller keeps within the size, and passes only flags that the questions allow.
+    ``block_status(context, count, offset, flags)`` is for the names that `contexts` returns.
     """
 
     pread: Callable[[int, int, int], Buffer]
@@ -137,6 +152,7 @@ class Layer:
     zero: Callable[[int, int, int], None]
     cache: Callable[[int, int, int], None]
     extents: Callable[[int, int, int], list[Extent]]
+    block_status: Callable[[str, int, int, int], list[Extent]]
 
     def __init__(
         self, device: Device, session: Session, where: str, next: Layer | None = None
@@ -257,6 +273,29 @@ class Layer:
         """Whether extents tells more than "all allocated"."""
         return self._ask("can_extents", self._has("extents"))  # type: ignore[no-any-return]
 
+    def contexts(self) -> tuple[str, ...]:
+        """Metadata contexts beside ``base:allocation``, to be asked by `block_status`.
+
+        A filter that moves the disk's content about (it has an `extents` or a `get_size`) hides
+        those below it, unless it has a `block_status` to move them likewise.
+        """
+
+        def check(answer: Any) -> tuple[str, ...]:
+            names = tuple(answer) if not isinstance(answer, (str, bytes)) else (answer,)
+            for name in names:
+                if not is_context_name(name) or name.startswith("base:"):
+                    raise OpenError(
+                        f"{self.where}: contexts returned {name!r}, not namespace:leaf with a"
+                        " namespace of its own"
+                    )
+            return tuple(dict.fromkeys(names))
+
+        if self.own("contexts") is None and self.next is not None:
+            moves = self.own("extents") is not None or self.own("get_size") is not None
+            if moves and self.own("block_status") is None:
+                return ()
+        return self._ask("contexts", tuple, check)  # type: ignore[no-any-return]
+
     def can_multi_conn(self) -> bool:
         """Whether a flush here covers the writes of other connections."""
         return self._ask("can_multi_conn", lambda: False)  # type: ignore[no-any-return]
@@ -331,6 +370,8 @@ class Layer:
             self.cache = self._bind_cache()
         elif name == "extents":
             self.extents = self._bind_extents()
+        elif name == "block_status":
+            self.block_status = self._bind_block_status()
         else:
             raise AttributeError(name)
         return self.__dict__[name]
@@ -387,6 +428,8 @@ class Layer:
                     pread(piece, offset, 0)
                     offset += piece
                     count -= piece
+                    if count:
+                        self.session.check()
 
         return cache
 
@@ -408,6 +451,23 @@ class Layer:
                 raise OSError(errno.EIO, f"extents: {error}") from None
 
         return extents
+
+    def _bind_block_status(self) -> Callable[[str, int, int, int], list[Extent]]:
+        own = self.own("block_status")
+        if own is None and self.next is not None:
+            return self.next.block_status
+
+        def block_status(context: str, count: int, offset: int, flags: int = 0) -> list[Extent]:
+            if own is None:
+                raise OSError(errno.EIO, f"{self.where}: contexts, but no block_status")
+            answer = own(context, count, offset, flags)
+            limit = 1 if flags & Flag.REQ_ONE else MAX_EXTENTS
+            try:
+                return normalise(answer, count, offset, limit, MAX_STATUS)
+            except (ValueError, TypeError) as error:
+                raise OSError(errno.EIO, f"block_status of {context}: {error}") from None
+
+        return block_status
 
     # -- FUA and zero ----------------------------------------------------------------------------
 
@@ -586,6 +646,7 @@ class _WriteBinder:
         if plain is not None and untouched and (mode == Fua.NATIVE or not self.offered):
             return plain  # the layer below fills its own gaps
 
+        session = self.layer.session
         each_piece = pwrite_mode == Fua.NATIVE
         if below is not None and own("can_fua") is None:
             each_piece = below.can_fua() == Fua.NATIVE  # else each piece would be flushed
@@ -593,7 +654,7 @@ class _WriteBinder:
         def by_pwrite(count: int, offset: int, flags: int) -> None:
             if flags & Flag.FAST_ZERO:
                 raise OSError(errno.EOPNOTSUPP, "zero would be no faster than writing")
-            write_zeros(pwrite, flush, count, offset, flags & 2, each_piece)
+            write_zeros(pwrite, flush, count, offset, flags & 2, each_piece, session)
 
         native: _Range
         if form is not None:

@@ -131,5 +131,23 @@ class Device:
         """(offset, length, type) in order, without gaps, from `offset` on. Flag: REQ_ONE."""
         raise NotImplementedError
 
+    def contexts(self) -> Iterable[str]:
+        """Names ("namespace:leaf") of metadata contexts of its own, beside ``base:allocation``.
+
+        A client that selects one gets its answers from `block_status`. Optional; the namespace
+        ``base`` is the specification's (NBD protocol, "Metadata querying").
+        """
+        raise NotImplementedError
+
+    def block_status(
+        self, context: str, count: int, offset: int, flags: int
+    ) -> Iterable[tuple[int, int, int]]:
+        """What a context of `contexts` says of the range: (offset, length, status) as `extents`.
+
+        The meaning of the status (up to 64 bits) is the context's own; more than 32 bits reach
+        only clients with extended headers, others get EOVERFLOW. Flag: REQ_ONE.
+        """
+        raise NotImplementedError
+
     def close(self) -> None:
         """The client has gone. Called once, after the last request has ended."""

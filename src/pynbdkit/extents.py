@@ -30,13 +30,18 @@ ZERO: Final = 2
 
 
 def normalise(
-    extents: Iterable[tuple[int, int, int]], count: int, offset: int, limit: int = 0
+    extents: Iterable[tuple[int, int, int]],
+    count: int,
+    offset: int,
+    limit: int = 0,
+    known: int = HOLE | ZERO,
 ) -> list[Extent]:
     """Clip a plugin's extents to a range, join neighbours of one type, and check them.
 
     Arguments: the plugin's answer; the range's length and offset in bytes; `limit` bounds how many
-    extents are taken (0: all). The answer starts at `offset`, has no gap, and covers at least one
-    byte; it may end early (the protocol lets a server answer for less than was asked).
+    extents are taken (0: all); `known` has the bits that a type may have. The answer starts at
+    `offset`, has no gap, and covers at least one byte; it may end early (the protocol lets a server
+    answer for less than was asked).
 
     Raises ValueError, naming the rule, where the plugin's answer has a gap, runs backwards, has a
     negative length, an unknown type, or does not cover `offset`.
@@ -47,7 +52,7 @@ def normalise(
     for start, length, kind in extents:
         if length < 0 or start < 0:
             raise ValueError(f"extent at {start} with length {length}: negative")
-        if kind & ~(HOLE | ZERO):
+        if kind & ~known:
             raise ValueError(f"extent at {start}: unknown type {kind}")
         if length == 0:
             continue

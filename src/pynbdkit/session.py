@@ -102,6 +102,16 @@ class Session:
         if self._disconnect is not None:
             self._disconnect(force)
 
+    def check(self) -> None:
+        """Raise OSError(ESHUTDOWN) if the server is stopping or the client has gone.
+
+        For what takes long and is of no use any more then.
+        """
+        if self._stopping is not None and self._stopping(0):
+            import errno
+
+            raise OSError(errno.ESHUTDOWN, "the server is stopping, or the client has gone")
+
     def sleep(self, seconds: float) -> None:
         """Sleep, but wake early when the server stops or the client is gone.
 

@@ -68,6 +68,7 @@ class DelayDevice(FilterDevice):
             ("trim", delays.delay_trim),
             ("zero", delays.delay_zero),
             ("extents", delays.delay_extents),
+            ("block_status", delays.delay_extents),
             ("cache", delays.delay_cache),
         ):
             if seconds:
@@ -78,11 +79,11 @@ class DelayDevice(FilterDevice):
         """The next layer's operation after a delay; one with the flag `at_once` fails instead."""
         sleep, operation = self._sleep, getattr(self.next, name)
 
-        def later(first: Any, offset: int, flags: int) -> Any:
-            if flags & at_once:
+        def later(*arguments: Any) -> Any:
+            if arguments[-1] & at_once:  # the last one is always the flags
                 raise OSError(errno.EOPNOTSUPP, f"{name} is slow (delay-fast-zero=false)")
             sleep(seconds)
-            return operation(first, offset, flags)
+            return operation(*arguments)
 
         return later
 

@@ -82,9 +82,11 @@ class ErrorDevice(FilterDevice):
 
     def __init__(self, next: Layer, settings: ErrorFilter) -> None:
         super().__init__(next)
-        for name in OPERATIONS:
-            if getattr(settings, f"error_{name}_rate") > 0:
-                setattr(self, name, _failing(name, getattr(next, name), settings))
+        # Both extents and block_status answer block status requests.
+        pairs = [*((name, name) for name in OPERATIONS), ("block_status", "extents")]
+        for name, setting in pairs:
+            if getattr(settings, f"error_{setting}_rate") > 0:
+                setattr(self, name, _failing(setting, getattr(next, name), settings))
 
 
 def _failing(name: str, operation: Callable[..., Any], settings: ErrorFilter) -> Callable[..., Any]:
@@ -94,10 +96,10 @@ def _failing(name: str, operation: Callable[..., Any], settings: ErrorFilter) ->
     number = getattr(errno, word)
     draw = settings.random.random
 
-    def failing(first: Any, offset: int, flags: int) -> Any:
+    def failing(*arguments: Any) -> Any:
         # draw() < 1.0 always: a rate of 100% never lets a request through.
         if draw() < rate and (trigger is None or os.path.exists(trigger)):
             raise OSError(number, f"injecting {word} error into {name}")
-        return operation(first, offset, flags)
+        return operation(*arguments)
 
     return failing

@@ -304,6 +304,16 @@ class _LogDevice(FilterDevice):
         )
         return answer
 
+    def block_status(
+        self, context: str, count: int, offset: int, flags: int
+    ) -> Iterable[tuple[int, int, int]]:
+        fields = f"context={context} offset={offset:#x} count={count:#x}"
+        fields += f" req_one={_bit(flags, Flag.REQ_ONE)}"
+        answer: list[Extent] = self._call(
+            "BlockStatus", fields, self.next.block_status, context, count, offset, flags
+        )
+        return answer
+
     def close(self) -> None:
         """Log how many requests there were."""
         fields = f"transactions={_next(self._ids) - 1}"

@@ -51,6 +51,9 @@ class _Shortened(FilterDevice):
     def get_size(self) -> int:
         return self._size
 
+    def block_status(self, context: str, count: int, offset: int, flags: int) -> list[Extent]:
+        return self.next.block_status(context, count, offset, flags)
+
 
 class _Shifted(_Shortened):
     def __init__(self, next: Layer, size: int, start: int) -> None:
@@ -76,3 +79,8 @@ class _Shifted(_Shortened):
         start = self._start
         found = self.next.extents(count, offset + start, flags)
         return [Extent(at - start, length, kind) for at, length, kind in found]
+
+    def block_status(self, context: str, count: int, offset: int, flags: int) -> list[Extent]:
+        start = self._start
+        found = self.next.block_status(context, count, offset + start, flags)
+        return [Extent(at - start, length, status) for at, length, status in found]

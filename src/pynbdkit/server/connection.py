@@ -291,11 +291,11 @@ class Connection:
         """Sleep; True when it ended early because the server stops or the client has gone."""
         deadline = time.monotonic() + seconds
         while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
+            left = max(deadline - time.monotonic(), 0)
             if self._server.stopping.wait(min(left, SLEEP_SLICE)) or self._gone():
                 return True
+            if not left:
+                return False
 
     def _gone(self) -> bool:
         import select

@@ -22,6 +22,7 @@ Replies gather in `_ready`; whoever holds `_send_lock` sends all of them.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -39,19 +40,26 @@ from ..protocol.constants import (
     CMD_FLAG_FAST_ZERO,
     CMD_FLAG_FUA,
     CMD_FLAG_NO_HOLE,
+    CMD_FLAG_PAYLOAD_LEN,
     CMD_FLAG_REQ_ONE,
     CMD_FLUSH,
     CMD_READ,
     CMD_TRIM,
     CMD_WRITE,
     CMD_WRITE_ZEROES,
+    CONTEXT_BASE_ALLOCATION,
+    EXTENDED_REPLY_MAGIC,
     MAX_PAYLOAD,
+    NBD_EINVAL,
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
 )
 from ..protocol.replies import (
     DATA,
+    EXTENDED_CHUNK,
+    EXTENDED_DATA,
     SIMPLE,
+    encode_data,
     encode_error,
     encode_hole,
     encode_status,
@@ -63,7 +71,7 @@ from .watch import GATE_PATIENCE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from typing import Any, Final
 
@@ -124,15 +132,16 @@ class Transmission:
         self._lock = lock
         self._watch = watch
         self._threads = threads
-        self._parser = RequestParser(leftover)
+        self._extended = negotiated.extended_headers
+        self._parser = RequestParser(leftover, extended=self._extended)
         self._first = bool(leftover)
         self._structured = negotiated.structured_replies
-        self._context = negotiated.contexts[0][0] if negotiated.contexts else None
+        self._contexts = dict(negotiated.contexts)
 
         self._size = layer.get_size()
         self._can_write = layer.can_write()
         self._can_fua = layer.can_fua() != Fua.NONE
-        self._rules = Rules(layer, self._structured, self._context is not None)
+        self._rules = Rules(layer, self._structured, self._contexts)
         self._group = layer.pwrite_group()
 
         self._ready: list[Any] = []
@@ -322,16 +331,20 @@ class Transmission:
         ready = self._ready
         size = self._size
         pread = self._layer.unchecked_pread
-        pwrite = self._layer.pwrite if self._can_write else None
+        any_block_size = self._rules.any_block_size
+        longest = MAX_PAYLOAD if any_block_size else 0
+        pwrite = self._layer.pwrite if self._can_write and any_block_size else None
         pack_data = DATA.pack
         pack_simple = SIMPLE.pack
+        pack_chunk = EXTENDED_CHUNK.pack
         structured = self._structured
+        extended = self._extended
         group = self._group
         held: list[Request] = []  # writes with FUA, to be made stable together
         gathered = 0
         try:
             for flags, kind, cookie, offset, count, payload in batch:
-                if kind == 0 and not flags and 0 < count <= MAX_PAYLOAD and offset + count <= size:
+                if kind == 0 and not flags and 0 < count <= longest and offset + count <= size:
                     if held:  # what comes next may take long, and replies may have an order
                         self._run_held(held)
                     try:
@@ -354,8 +367,17 @@ class Transmission:
                     if not structured:
                         ready += (pack_simple(SIMPLE_REPLY_MAGIC, 0, cookie), data)
                     elif count >= HOLE_PAYS and kind_of is not memoryview and _is_zero(data, count):
-                        ready.append(encode_hole(cookie, offset, count))
+                        ready.append(
+                            encode_hole(cookie, offset, count, at=offset if extended else None)
+                        )
                         continue
+                    elif extended:
+                        ready += (
+                            EXTENDED_DATA.pack(
+                                EXTENDED_REPLY_MAGIC, 1, 1, cookie, offset, count + 8, offset
+                            ),
+                            data,
+                        )
                     else:
                         ready += (
                             pack_data(STRUCTURED_REPLY_MAGIC, 1, 1, cookie, count + 8, offset),
@@ -382,7 +404,10 @@ class Transmission:
                     except BaseException as failure:  # a script may even call sys.exit()
                         self._fail(kind, cookie, offset, count, failure)
                         continue
-                    ready.append(pack_simple(SIMPLE_REPLY_MAGIC, 0, cookie))
+                    if extended:
+                        ready.append(pack_chunk(EXTENDED_REPLY_MAGIC, 1, 0, cookie, offset, 0))
+                    else:
+                        ready.append(pack_simple(SIMPLE_REPLY_MAGIC, 0, cookie))
                 else:
                     if held:
                         self._run_held(held)
@@ -430,7 +455,7 @@ class Transmission:
         except Exception as failure:
             log.debug(f"{self._name}: {len(held)} writes with FUA: {log.describe(failure)}")
             return False
-        self._ready += [SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, request[2]) for request in held]
+        self._ready += [self._done(request[2], request[3]) for request in held]
         return True
 
     # -- one request, whatever it is -------------------------------------------------------------
@@ -445,6 +470,14 @@ class Transmission:
         payload: memoryview | None,
     ) -> int:
         """Run one request and put its reply on `_ready`; returns the bytes of data in it."""
+        contexts: Iterable[int] = self._contexts
+        if flags & CMD_FLAG_PAYLOAD_LEN and kind == CMD_BLOCK_STATUS and self._extended:
+            found = self._rules.filtered(payload)
+            if found is None:
+                self._refuse(kind, cookie, offset, NBD_EINVAL, "no valid list of contexts")
+                return 0
+            flags &= ~CMD_FLAG_PAYLOAD_LEN
+            count, contexts = found
         refused = self._rules.check(flags, kind, offset, count, payload)
         if refused is not None:
             if kind == CMD_DISC:
@@ -458,6 +491,8 @@ class Transmission:
             self._refuse(kind, cookie, offset, error, why)
             return 0
         try:
+            if kind == CMD_BLOCK_STATUS:
+                return self._status(flags, cookie, offset, count, contexts)
             return self._call(flags, kind, cookie, offset, count, payload)
         except BaseException as failure:
             self._fail(kind, cookie, offset, count, failure)
@@ -478,21 +513,16 @@ class Transmission:
         if kind == CMD_READ:
             found = layer.unchecked_pread(count, offset, 0)
             data = exactly(found, count)
+            at = offset if self._extended else None
             if not self._structured:
                 header = SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
             elif count >= HOLE_PAYS and type(found) is not memoryview and _is_zero(data, count):
-                self._ready.append(encode_hole(cookie, offset, count))
+                self._ready.append(encode_hole(cookie, offset, count, at=at))
                 return 0
             else:
-                header = DATA.pack(STRUCTURED_REPLY_MAGIC, 1, 1, cookie, count + 8, offset)
+                header = encode_data(cookie, offset, count, at=at)
             self._ready += (header, data)
             return count
-        if kind == CMD_BLOCK_STATUS:
-            assert self._context is not None
-            one = Flag.REQ_ONE if flags & CMD_FLAG_REQ_ONE else 0
-            pairs = [(extent[1], extent[2]) for extent in layer.extents(count, offset, one)]
-            self._ready.append(encode_status(cookie, self._context, pairs))
-            return 8 * len(pairs)
         if kind == CMD_WRITE:
             layer.pwrite(payload, offset, fua)
         elif kind == CMD_FLUSH:
@@ -505,8 +535,40 @@ class Transmission:
             may_trim = 0 if flags & CMD_FLAG_NO_HOLE else Flag.MAY_TRIM
             fast = Flag.FAST_ZERO if flags & CMD_FLAG_FAST_ZERO else 0
             layer.zero(count, offset, fua | may_trim | fast)
-        self._ready.append(SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, cookie))
+        self._ready.append(self._done(cookie, offset))
         return 0
+
+    def _status(
+        self, flags: int, cookie: int, offset: int, count: int, contexts: Iterable[int]
+    ) -> int:
+        """Put a block status on `_ready`: a chunk for each context; returns its bytes."""
+        layer = self._layer
+        one = Flag.REQ_ONE if flags & CMD_FLAG_REQ_ONE else 0
+        at = offset if self._extended else None
+        chunks: list[bytes] = []
+        wanted = list(contexts)
+        for number in wanted:
+            name = self._contexts[number]
+            if name == CONTEXT_BASE_ALLOCATION:
+                extents = layer.extents(count, offset, one)
+            else:
+                extents = layer.block_status(name, count, offset, one)
+            pairs = [(extent[1], extent[2]) for extent in extents]
+            last = number == wanted[-1]
+            try:
+                chunks.append(encode_status(cookie, number, pairs, last, at))
+            except OverflowError:
+                raise OSError(
+                    errno.EOVERFLOW, f"{name}: its flags need extended headers (64 bits)"
+                ) from None
+        self._ready.append(b"".join(chunks))
+        return len(self._ready[-1])
+
+    def _done(self, cookie: int, offset: int) -> bytes:
+        """The reply that says no more than that the request at `offset` is done."""
+        if self._extended:
+            return EXTENDED_CHUNK.pack(EXTENDED_REPLY_MAGIC, 1, 0, cookie, offset, 0)
+        return SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
 
     def _fail(
         self, kind: int, cookie: int, offset: int, count: int, failure: BaseException
@@ -521,8 +583,9 @@ class Transmission:
 
     def _refuse(self, kind: int, cookie: int, offset: int, error: int, why: str) -> None:
         if self._structured:
-            at = offset if kind == CMD_READ else None
-            self._ready.append(encode_error(cookie, error, why, at))
+            where = offset if kind == CMD_READ else None
+            at = offset if self._extended else None
+            self._ready.append(encode_error(cookie, error, why, where, at))
         else:
             self._ready.append(SIMPLE.pack(SIMPLE_REPLY_MAGIC, error, cookie))
 
@@ -658,8 +721,12 @@ def _is_zero(data: bytes | bytearray | memoryview, count: int) -> bool:
     return data.endswith(_ZEROS[: count % ZEROS_AT_ONCE])
 
 
-def _readable(sock: socket.socket) -> bool:
+def _readable(sock: Any) -> bool:
     import select
+
+    pending = getattr(sock, "pending", None)
+    if pending is not None and pending():
+        return True  # of a TLS connection: decrypted already
 
     try:
         poll = select.poll()
