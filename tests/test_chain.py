@@ -368,14 +368,119 @@ def test_a_close_that_fails_does_not_hide_why_the_open_did() -> None:
 
 
 def test_a_filter_that_opens_nothing() -> None:
+    """A layer around nothing is a mistake; a device of the filter's own is not."""
+
     class Closed(Filter):
         name = "closed"
+        own: Device
 
         def open(self, next: Callable[[Session], Layer], session: Session) -> Device:
-            return Device()
+            return self.own
 
+    class Empty(Device):
+        def get_size(self) -> int:
+            return 0
+
+        def close(self) -> None:
+            events.append("closed")
+
+    events: list[str] = []
+    closed = Closed()
+    it = Chain(NotesPlugin("plugin", events), [NotesFilter("outer", events), closed])
+    closed.own = FilterDevice(None)  # type: ignore[arg-type]
     with pytest.raises(OpenError, match=r"^closed: open did not open the next layer$"):
-        Chain(NotesPlugin("plugin", []), [Closed()]).open(Session())
+        it.open(Session())
+    events.clear()
+    closed.own = Empty()
+    layer = it.open(Session())
+    assert layer.get_size() == 0
+    layer.close()
+    assert events == ["outer open  False", "outer opened", "outer close", "closed"]
+
+
+class Guarded(NotesPlugin):
+    """Lets alice open everything, others what is public; raises for a name that says so."""
+
+    def list_exports(self, readonly: bool, is_tls: bool) -> list[Any]:
+        return ["public", ("secret", "for alice"), "broken", ""]
+
+    def default_export(self, readonly: bool, is_tls: bool) -> str:
+        return "secret"
+
+    def may_open(self, session: Session) -> bool:
+        if session.export_name == "broken":
+            raise ZeroDivisionError("a bug")
+        return session.export_name == "public" or session.peer_tls_dn == "CN=alice"
+
+
+def known_as(dn: str, export_name: str = "") -> Session:
+    session = Session(export_name=export_name)
+    session.peer_tls_dn = dn
+    return session
+
+
+@pytest.mark.parametrize("filters", [[], [Filter()]], ids=["bare", "filtered"])
+def test_who_may_open(filters: list[Filter], capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused before anything is opened; not listed, also where "" stands for it; a bug is a no."""
+    events: list[str] = []
+    it = Chain(Guarded("plugin", events), filters)
+
+    def listed(dn: str) -> list[str]:
+        return [name for name, _ in it.list_exports(False, True, known_as(dn))]
+
+    assert listed("CN=alice") == ["public", "secret", ""]
+    assert listed("CN=bob") == listed("") == ["public"]
+    assert len(it.list_exports(False, True)) == 4
+    events.clear()
+    it.open(known_as("CN=bob", "public"))
+    it.open(known_as("CN=alice", "secret"))
+    assert events == ["plugin open public False", "plugin open secret False"]
+    events.clear()
+    for name in ("secret", "no such export", "broken"):
+        with pytest.raises(PermissionError, match="not permitted for CN=bob"):
+            it.open(known_as("CN=bob", name))
+    with pytest.raises(PermissionError, match="not permitted for this client"):
+        it.open(known_as("", "secret"))
+    with pytest.raises(PermissionError):
+        it.open(known_as("CN=alice", "broken"))
+    assert events == []
+    assert "may_open 'broken': ZeroDivisionError: a bug" in capsys.readouterr().err
+
+
+def test_a_filter_narrows_who_may_open() -> None:
+    class Nobody(Filter):
+        def may_open(self, next: Callable[[Session], bool], session: Session) -> bool:
+            return next(session) and session.peer_tls_dn != "CN=alice"
+
+    events: list[str] = []
+    it = Chain(Guarded("plugin", events), [NotesFilter("outer", events), Nobody()])
+    with pytest.raises(PermissionError):
+        it.open(known_as("CN=alice", "secret"))
+    with pytest.raises(PermissionError):
+        it.open(known_as("CN=bob", "secret"))
+    assert events == []
+    assert it.list_exports(False, True, known_as("CN=alice")) == []
+    it.open(known_as("CN=bob", "public"))
+
+
+@pytest.mark.parametrize("answers", ["next", "yes"])
+def test_a_filter_cannot_open_what_the_plugin_forbids(answers: str) -> None:
+    """Whatever a filter has made of the name, the plugin is asked about the one that is opened."""
+
+    class Renaming(NotesFilter):
+        def may_open(self, next: Callable[[Session], bool], session: Session) -> bool:
+            return answers == "yes" or next(session)
+
+        def open(self, next: Callable[[Session], Layer], session: Session) -> Device:
+            return super().open(next, session.replace(export_name="secret"))
+
+    events: list[str] = []
+    it = Chain(Guarded("plugin", events), [Renaming("filter", events)])
+    with pytest.raises(PermissionError):
+        it.open(known_as("CN=bob", "public"))
+    assert "plugin open secret False" not in events
+    it.open(known_as("CN=alice", "public"))
+    assert "plugin open secret False" in events
 
 
 @pytest.mark.parametrize("what", [None, 5, b"disk", Device])

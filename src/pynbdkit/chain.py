@@ -3,13 +3,21 @@
 The filters stand in the order of the command line, the first one outermost: it sees each request,
 and each key=value, first. What makes a layer ready begins with the plugin, so that a filter finds
 all below it ready (nbdkit-filter(3)). `open` makes the stack of `Layer`s for a connection.
+
+`open` is also where access is decided, so that nothing that opens a device can forget it: every
+layer is asked `may_open` before anything is opened, and the plugin once more about the export that
+it is really to open, which a filter may have changed.
 """
 
 from __future__ import annotations
 
+import errno
+
+from . import log
 from .complete import Layer
 from .device import Device
 from .errors import ConfigError, OpenError
+from .filter import FilterDevice
 from .flags import ThreadModel
 
 TYPE_CHECKING = False
@@ -107,8 +115,13 @@ class Chain:
 
         below(0)
 
-    def list_exports(self, readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
-        """What the outermost layer offers, as (name, description) pairs."""
+    def list_exports(
+        self, readonly: bool, is_tls: bool, session: Session | None = None
+    ) -> list[tuple[str, str]]:
+        """What the outermost layer offers, as (name, description) pairs.
+
+        With a session: without what that client may not open.
+        """
 
         def below(index: int) -> Iterable[str | tuple[str, str]]:
             if index == len(self.filters):
@@ -128,7 +141,16 @@ class Chain:
             if not isinstance(name, str) or not isinstance(description or "", str):
                 raise OpenError(f"list_exports: {item!r} is neither a name nor (name, description)")
             result.append((name, description or ""))
-        return result
+        if session is None:
+            return result
+        default = ""
+        if any(not name for name, _ in result):
+            default = self.default_export(readonly, is_tls)
+        return [
+            (name, description)
+            for name, description in result
+            if self.may_open(session.replace(export_name=name or default))
+        ]
 
     def default_export(self, readonly: bool, is_tls: bool) -> str:
         """The name that "" stands for, as the outermost layer has it."""
@@ -143,15 +165,36 @@ class Chain:
             raise OpenError(f"default_export returned {name!r}, not a text")
         return name
 
+    def may_open(self, session: Session) -> bool:
+        """Whether every layer lets this client open `session.export_name`.
+
+        A layer that raises says no, and the log says why.
+        """
+        return self._may_open(0, session)
+
+    def _may_open(self, first: int, session: Session) -> bool:
+        def below(index: int, session: Session) -> bool:
+            if index == len(self.filters):
+                return bool(self.plugin.may_open(session))
+            return bool(self.filters[index].may_open(lambda s: below(index + 1, s), session))
+
+        try:
+            return below(first, session)
+        except Exception as failure:
+            log.exception(f"may_open {session.export_name!r}", failure)
+            return False
+
     def open(self, session: Session) -> Layer:
         """Open every layer for a connection, outermost first, and return the outermost.
 
-        Whatever a layer raises is passed on, after the layers that are open were closed.
+        Raises PermissionError where a layer's `may_open` says no. Whatever a layer raises is passed
+        on, after the layers that are open were closed.
         """
         opened: list[Layer] = []
 
         def open_at(index: int, session: Session) -> Layer:
             if index == len(self.filters):
+                self._check(index, session)
                 device = _opened(self.plugin.open(session), self.name)
                 if device.blocking is None and self.plugin.blocking is not None:
                     device.blocking = self.plugin.blocking
@@ -165,21 +208,40 @@ class Chain:
                     return below[-1]
 
                 device = _opened(filter.open(next_open, session), filter.name)
-                if not below:
+                if not below and isinstance(device, FilterDevice):
                     raise OpenError(f"{filter.name}: open did not open the next layer")
                 if device.blocking is None:
                     device.blocking = filter.blocking
-                layer = Layer(device, session, filter.name, below[-1])
-                opened.remove(below[-1])
+                layer = Layer(device, session, filter.name, below[-1] if below else None)
+                if below:
+                    opened.remove(below[-1])
             opened.append(layer)
             return layer
 
+        if self.filters:
+            self._check(0, session)
         try:
             return open_at(0, session)
         except BaseException:
             for layer in opened:
                 _all([layer.close])
             raise
+
+    def _check(self, first: int, session: Session) -> None:
+        if not self._may_open(first, session):
+            # The text reaches the client: nothing in it tells whether there is such an export.
+            raise PermissionError(errno.EPERM, f"not permitted for {_who(session)}")
+
+
+def _who(session: Session) -> str:
+    """The client's best known name, which it knows itself."""
+    if session.peer_tls_dn:
+        return session.peer_tls_dn
+    if session.peer_tls_user:
+        return f"TLS user {session.peer_tls_user}"
+    if session.peer_uid is not None:
+        return f"uid {session.peer_uid}"
+    return "this client"
 
 
 def _opened(device: object, where: str) -> Device:

@@ -83,6 +83,19 @@ class Filter(Configurable):
         """The next layer's default export, changed as the filter likes."""
         return next()
 
+    def may_open(self, next: Callable[[Session], bool], session: Session) -> bool:
+        """Whether this client may open the export `session.export_name` (see Plugin.may_open).
+
+        A filter can be stricter than the next layer. One whose `open` opens another export asks
+        `next` about that one; a yes without asking is for content of the filter's own, because the
+        plugin is asked again before it opens.
+        """
+        return next(session)
+
     def open(self, next: Callable[[Session], Layer], session: Session) -> Device:
-        """Open the next layer and wrap it; a session for it may be changed (`session.replace`)."""
+        """Open the next layer and wrap it; a session for it may be changed (`session.replace`).
+
+        A filter that serves content of its own to this client returns a Device of its own, which
+        is no FilterDevice, without opening the next layer.
+        """
         return FilterDevice(next(session))

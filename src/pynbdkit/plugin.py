@@ -65,6 +65,18 @@ class Plugin(Configurable):
         """What a client that asks for "" gets."""
         return ""
 
+    def may_open(self, session: Session) -> bool:
+        """Whether this client may open the export `session.export_name`. Default: yes.
+
+        The name is the canonical one (what `default_export` says, where the client sent ""), and
+        may be of no export at all. Who asks: `session.peer_tls_dn`, `peer_tls_user`, `peer_uid` …
+
+        Asked before `open`, at least once, and for each name of `list_exports`: what may not be
+        opened is not listed. Where the answer is no, or an exception, the client is refused with
+        REP_ERR_POLICY, the same whether or not there is such an export; the log gets a line.
+        """
+        return True
+
     def open(self, session: Session) -> Device:
         """A Device for this connection. Raise OSError or OpenError to refuse it."""
         raise NotImplementedError(f"{type(self).__name__} has no open()")

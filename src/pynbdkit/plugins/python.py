@@ -139,5 +139,8 @@ class Python(Plugin):
     def default_export(self, readonly: bool, is_tls: bool) -> str:  # noqa: D102
         return self.inner.default_export(readonly, is_tls)
 
+    def may_open(self, session: Session) -> bool:  # noqa: D102
+        return self.inner.may_open(session)
+
     def open(self, session: Session) -> Device:  # noqa: D102
         return self.inner.open(session)
