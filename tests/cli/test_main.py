@@ -86,7 +86,19 @@ memory size=              | size
 -U - --log=null memory 1M --run true
 -U - --tls=off memory 1M --run true
 -U - --tls=foo memory 1M --run true      | --tls=foo
--U - --tls=require memory 1M --run true  | --tls=require
+-U - --tls-psk= memory 1M --run true     | '--tls-psk'
+-U - -o memory 1M --run true
+-U - -o -e name --no-sr memory 1M --run true
+-U - --tls=off -o memory 1M --run true
+-U - --tls=require -o memory 1M --run true  | -o and --tls=require
+-U - --swap memory 1M --run true
+-U - --selinux-label=nonsense memory 1M --run true            | --selinux-label=nonsense: Invalid
+-U - --selinux-label= memory 1M --run true                    | --selinux-label=: Invalid
+--vsock -U - memory 1M --run true        | -U and --vsock
+-s --vsock memory 1M                     | -s and --vsock
+--vsock -p abc memory 1M --run true      | 'abc'
+--vsock -p -1 memory 1M --run true       | '-1'
+--vsock -p 4294967296 memory 1M --run true | '4294967296'
 -U - -D foo memory 1M --run true         | -D foo
 -U - -D foo.bar memory 1M --run true     | -D foo.bar
 -U - -D .a=1 memory 1M --run true        | -D .a=1
@@ -131,9 +143,19 @@ DIFFERENT = r"""
 -i '' -p 0 memory 1M --run true          | 1 | 0 |
 -U - --print-uri memory 1M --run true    | 1 | 0 |
 -s --dump-plugin memory                  | 1 | 0 |
--U - --swap memory 1M --run true         | 0 | 1 | '--swap' is not supported
--U - -o memory 1M --run true             | 0 | 1 | '--oldstyle' is not supported
--U - --tls-verify-peer memory 1M --run true | 0 | 1 | '--tls-verify-peer' is not supported
+-U - --tls-certificates= memory 1M --run true | 0 | 1 | '--tls-certificates'
+-U - --tls=on -o memory 1M --run true    | 0 | 1 | -o and --tls=on
+-U - --tls-verify-peer -o memory 1M --run true | 0 | 1 | -o and --tls-verify-peer
+-U - --tls=off --tls-verify-peer memory 1M --run true | 0 | 0 | --tls=off: --tls-verify-peer will
+-U - --no-mc --no-eh memory 1M --run true | 1 | 0 |
+-U - --keepalive memory 1M --run true    | 1 | 0 |
+-U - --timeout 1.5s memory 1M --run true | 1 | 0 |
+-U - --timeout 1h memory 1M --run true   | 1 | 1 | --timeout: could not parse
+-U - --timeout=-1 memory 1M --run true   | 1 | 1 | --timeout: delay out of range
+-U - --timeout 1000001 memory 1M --run true | 1 | 1 | --timeout: 1000001 is more than
+-U - --unix-mode 600 memory 1M --run true | 1 | 0 |
+-U - --unix-mode 888 memory 1M --run true | 1 | 1 | --unix-mode 888
+-p 0 --unix-mode 600 memory 1M --run true | 1 | 1 | --unix-mode is for a Unix socket
 """
 """Where we decided otherwise: nbdkit's exit status, ours, what our message names."""
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pynbdkit.cli import options
-from pynbdkit.cli.options import NOT_SUPPORTED, OPTIONS, REPEATED, CommandLine, UsageError, parse
+from pynbdkit.cli.options import LAST_COUNTS, OPTIONS, REPEATED, CommandLine, UsageError, parse
 from support import run
 
 LONG = sorted(name for option in OPTIONS for name in option.names if name.startswith("--"))
@@ -38,14 +38,15 @@ def test_names_are_unique() -> None:
     assert len(names) == len(set(names))
     keys = [option.key for option in OPTIONS]
     assert len(keys) == len(set(keys))
-    assert set(keys) >= NOT_SUPPORTED | REPEATED | {"log", "tls"} | set(options.NOT_EMPTY)
+    assert set(keys) >= REPEATED | {"log", "tls"} | set(options.NOT_EMPTY)
+    assert set(keys) >= {key for pair in LAST_COUNTS for key in pair}
 
 
 def test_help_shows_each_option_once_and_fits_a_page() -> None:
     text = options.usage()
     for option in OPTIONS:
         shown = [line for line in text.splitlines() if line.startswith(f"  {option.shown} ")]
-        assert len(shown) == (option.key not in NOT_SUPPORTED), option.key
+        assert len(shown) == 1, option.key
     assert max(map(len, text.splitlines())) <= 100
     assert "-i ''" in text  # how to let other machines in
 
@@ -87,6 +88,15 @@ def test_help_shows_each_option_once_and_fits_a_page() -> None:
         (["--tls", "require", "m"], ({"tls": "require"}, "m", [])),
         (["-4", "-6"], ({"ipv6": True}, None, [])),
         (["-6", "-4"], ({"ipv4": True}, None, [])),
+        (["-o", "-n"], ({"newstyle": True}, None, [])),
+        (["-n", "-o"], ({"oldstyle": True}, None, [])),
+        (["-o", "--unix-mode=660"], ({"oldstyle": True, "unix_mode": "660"}, None, [])),
+        (["--no-mc", "--no-eh"], ({"no_mc": True, "no_eh": True}, None, [])),
+        (
+            ["--no-meta-contexts", "--no-extended-headers"],
+            ({"no_mc": True, "no_eh": True}, None, []),
+        ),
+        (["--timeout", "5", "--vsock"], ({"timeout": "5", "vsock": True}, None, [])),
     ],
 )
 def test_forms(words: list[str], expected: tuple[dict[str, object], str | None, list[str]]) -> None:
@@ -113,6 +123,8 @@ def test_forms(words: list[str], expected: tuple[dict[str, object], str | None, 
         (["-U", ""], "'-U'"),
         (["-P", ""], "'-P'"),
         (["--port="], "'-p'"),
+        (["--tls-psk="], "'--tls-psk'"),
+        (["--tls-certificates="], "'--tls-certificates'"),
     ],
 )
 def test_mistakes_are_named(words: list[str], says: str) -> None:
@@ -172,8 +184,9 @@ def test_as_getopt(words: Sequence[str]) -> None:
             gathered.append(value)
         else:
             expected[key] = value if TAKES_VALUE[name] else True
-        if key in ("ipv4", "ipv6"):
-            expected.pop("ipv6" if key == "ipv4" else "ipv4", None)
+        for one, other in (("ipv4", "ipv6"), ("oldstyle", "newstyle")):
+            if key in (one, other):
+                expected.pop(other if key == one else one, None)
     if wrong:
         with pytest.raises(UsageError):
             parse(words)

@@ -549,6 +549,7 @@ def over_tcp(server: RunningServer, go: bool = True) -> Raw:
     client = Raw.__new__(Raw)
     client.sock = socket.create_connection(("127.0.0.1", server.port))
     client.sock.settimeout(WAIT)
+    client.extended = False
     if go:
         client.receive(18)
         client.send(struct.pack(">I", 3))

@@ -58,7 +58,6 @@ def _main(arguments: Sequence[str]) -> int:
     from . import options
 
     line = options.parse(arguments)
-    _refuse_unsupported(line)
     if line.dump_config:
         from . import dump
 
@@ -131,16 +130,6 @@ def _discard(fd: int) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, fd)
     os.close(null)
-
-
-def _refuse_unsupported(line: CommandLine) -> None:
-    from .options import NOT_SUPPORTED, OPTIONS, UsageError
-
-    for option in OPTIONS:
-        if option.key in NOT_SUPPORTED and getattr(line, option.key):
-            raise UsageError(f"option '{option.names[-1]}' is not supported by this version")
-    if line.tls not in (None, "off"):
-        raise UsageError(f"--tls={line.tls} is not supported by this version: only --tls=off")
 
 
 def _load(line: CommandLine) -> Chain:

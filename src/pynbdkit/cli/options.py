@@ -55,36 +55,40 @@ OPTIONS: Final = (
     Option("group", "-g --group", "GROUP", "change to this group once the sockets are open"),
     Option("help", "--help", "", "print this, or what a plugin takes, and exit"),
     Option("ipaddr", "-i --ip-addr --ipaddr", "ADDRESS", "listen on this address (repeatable)"),
+    Option("keepalive", "--keep-alive --keepalive", "", "TCP keepalive (it always is on)"),
     Option("log", "--log", "stderr|syslog|null", "where messages go"),
     Option("mask_handshake", "--mask-handshake", "MASK", "handshake flags that may be offered"),
-    Option("newstyle", "-n --new-style --newstyle", "", "the newstyle protocol (it always is)"),
+    Option("newstyle", "-n --new-style --newstyle", "", "the newstyle protocol (the default)"),
+    Option("no_eh", "--no-eh --no-extended-headers", "", "do not offer extended headers"),
+    Option("no_mc", "--no-mc --no-meta-contexts", "", "do not offer meta contexts"),
     Option("no_sr", "--no-sr --no-structured-replies", "", "do not offer structured replies"),
-    Option("oldstyle", "-o --old-style --oldstyle", "", "(not supported)"),
+    Option("oldstyle", "-o --old-style --oldstyle", "", "the oldstyle protocol (no names, no TLS)"),
     Option("pidfile", "-P --pid-file --pidfile", "FILE", "write the process id, when ready"),
-    Option("port", "-p --port", "PORT", "listen on this TCP port (default 10809; 0: any free one)"),
+    Option("port", "-p --port", "PORT", "listen on this port (default 10809; 0: any free one)"),
     Option("print_uri", "--print-uri", "", "print the URI, when ready"),
     Option("readonly", "-r --read-only --readonly", "", "let clients only read"),
     Option("run", "--run", "COMMAND", "run a shell command, and end with it"),
-    Option("selinux_label", "--selinux-label", "LABEL", "(not supported)"),
+    Option("selinux_label", "--selinux-label", "LABEL", "the SELinux label of the sockets"),
     Option("single", "-s --single --stdin", "", "serve the one client on stdin and stdout"),
-    Option("swap", "--swap", "", "(not supported)"),
+    Option("swap", "--swap", "", "keep the server's memory out of swap space"),
     Option("threads", "-t --threads", "N", "requests at a time per connection (default 16)"),
-    Option("tls", "--tls", "off|on|require", "encryption (only off is supported)"),
-    Option("tls_certificates", "--tls-certificates", "DIR", "(not supported)"),
-    Option("tls_psk", "--tls-psk", "FILE", "(not supported)"),
-    Option("tls_verify_peer", "--tls-verify-peer", "", "(not supported)"),
+    Option("timeout", "--timeout", "SECONDS", "for a handshake (default 120; 0: no limit)"),
+    Option("tls", "--tls", "off|on|require", "encryption: none, offered, or demanded"),
+    Option("tls_certificates", "--tls-certificates", "DIR", "the folder of TLS certificates"),
+    Option("tls_psk", "--tls-psk", "FILE", "the file of pre-shared keys for TLS"),
+    Option("tls_verify_peer", "--tls-verify-peer", "", "demand certificates of clients"),
     Option("unix", "-U --unix", "SOCKET|-", "listen on a Unix socket (-: a private one)"),
+    Option("unix_mode", "--unix-mode", "MODE", "the Unix socket's permissions (default 755)"),
     Option("user", "-u --user", "USER", "change to this user once the sockets are open"),
     Option("verbose", "-v --verbose", "", "print debug messages"),
     Option("version", "-V --version", "", "print the version and exit"),
-    Option("vsock", "--vsock", "", "(not supported)"),
+    Option("vsock", "--vsock", "", "listen on a vsock port (-p), not a TCP port"),
 )
 REPEATED: Final = frozenset(("debug", "filter", "ipaddr"))
-NOT_SUPPORTED: Final = frozenset(
-    ("oldstyle", "selinux_label", "swap", "tls_certificates", "tls_psk", "tls_verify_peer", "vsock")
-)
+LAST_COUNTS: Final = (("ipv4", "ipv6"), ("newstyle", "oldstyle"))
+"""Options of which the last one on the command line takes effect."""
 LOGS: Final = ("stderr", "syslog", "null")
-NOT_EMPTY: Final = ("pidfile", "port", "unix")
+NOT_EMPTY: Final = ("pidfile", "port", "tls_certificates", "tls_psk", "unix")
 
 USAGE: Final = """\
 pynbdkit [OPTION ...] PLUGIN [[KEY=]VALUE ...]
@@ -101,7 +105,8 @@ other machines in, give -i an address of this machine, or -i '' for all of them.
 Without -f, --run, -s and --exit-with-parent, the server goes on in the background when it is
 ready, and its messages go to the system log.
 
-In --run's COMMAND, $uri is where to connect; see also $nbd $port $unixsocket $exportname $pid."""
+In --run's COMMAND, $uri is where to connect; see also $nbd $port $unixsocket $exportname $pid
+$tls $tls_certificates $tls_psk."""
 
 
 class UsageError(ConfigError):
@@ -206,10 +211,9 @@ def _set(result: CommandLine, option: Option, value: object) -> None:
         result.options.setdefault(key, []).append(value)
     else:
         result.options[key] = value
-    if key == "ipv4":  # the last one takes effect
-        result.options.pop("ipv6", None)
-    elif key == "ipv6":
-        result.options.pop("ipv4", None)
+    for pair in LAST_COUNTS:
+        if key in pair:
+            result.options.pop(pair[pair[0] == key], None)
 
 
 def _tls(value: object) -> str:
@@ -226,5 +230,5 @@ def _tls(value: object) -> str:
 
 def usage() -> str:
     """The text of --help."""
-    lines = [f"  {o.shown:<27} {o.help}" for o in OPTIONS if o.key not in NOT_SUPPORTED]
+    lines = [f"  {o.shown:<27} {o.help}" for o in OPTIONS]
     return "\n".join([USAGE, *lines, "", NOTES])

@@ -1,13 +1,15 @@
 """From a configured chain of layers to the server's end: `Service`.
 
-The order is the peer's: get_ready → sockets → background → privileges dropped → after_fork →
-pidfile and URI → clients are served (nbdkit(1), nbdkit-service(1)). Until clients are served, what
-goes wrong is said on stderr, and the exit status is 1: also of a server in the background.
+The order is the peer's: TLS's files → get_ready → sockets → background → memory locked →
+privileges dropped → after_fork → pidfile and URI → clients are served (nbdkit(1),
+nbdkit-service(1)). Until clients are served, what goes wrong is said on stderr, and the exit status
+is 1: also of a server in the background.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from .. import log
@@ -15,9 +17,10 @@ from ..errors import ConfigError
 from ..server.listen import inherited
 from ..server.server import Server
 from . import background
+from .encryption import encryption
 from .options import UsageError
 from .step import step
-from .where import Where
+from .where import Where, unix_mode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,8 +31,22 @@ if TYPE_CHECKING:
     from .captive import Captive
     from .options import CommandLine
 
+TIMEOUT: Final = 120.0
+"""Seconds for a client's handshake: a person who types one has them, and what is forgotten or
+hostile does not keep its thread for good."""
+MAX_TIMEOUT: Final = 1_000_000
+"""Seconds; the system's calls count milliseconds with 31 bits."""
 SWITCH_INTERVAL: Final = 0.001
 """A thread that computes gives way this often (seconds): others wait that long, not 5 ms."""
+
+EXCLUDE_EACH_OTHER: Final = (
+    ("-s", "-U"),
+    ("-s", "-p"),
+    ("-s", "--run"),
+    ("-s", "--vsock"),
+    ("-U", "-p"),
+    ("-U", "--vsock"),
+)
 
 
 class Service:
@@ -44,6 +61,9 @@ class Service:
         self._activated = inherited()
         self._check_combination()
         self._threads = _number("--threads", line.threads, 16, 10_000)
+        self._timeout = _seconds("--timeout", line.timeout, TIMEOUT)
+        if line.unix_mode is not None:
+            unix_mode(line.unix_mode)  # a mistake is said early
         self._mask = _number("--mask-handshake", line.mask_handshake, 0xFFFF, (1 << 32) - 1)
         self._identity = background.Identity(line.user, line.group)
         self._pidfile = os.path.abspath(line.pidfile) if line.pidfile else None
@@ -55,6 +75,7 @@ class Service:
 
             self._client, self._stderr_is_ours = stdin_stdout()
         background.open_missing_stdio()
+        self._tls, self._credentials = encryption(line)
         self._stays = bool(
             line.foreground
             or line.run is not None
@@ -65,20 +86,29 @@ class Service:
 
     def _check_combination(self) -> None:
         line = self._line
-        names = {"ipaddr": "-i", "port": "-p", "run": "--run", "single": "-s", "unix": "-U"}
+        names = {
+            "ipaddr": "-i",
+            "port": "-p",
+            "run": "--run",
+            "single": "-s",
+            "unix": "-U",
+            "vsock": "--vsock",
+        }
         given = [name for key, name in names.items() if line.options.get(key) is not None]
         if self._activated and given:
             raise UsageError(f"socket activation (LISTEN_FDS) excludes {given[0]}")
-        for first, second in (("-s", "-U"), ("-s", "-p"), ("-s", "--run"), ("-U", "-p")):
+        for first, second in EXCLUDE_EACH_OTHER:
             if first in given and second in given:
                 raise UsageError(f"{first} and {second} exclude each other")
+        if line.unix_mode is not None and line.unix is None:
+            raise UsageError("--unix-mode is for a Unix socket: it needs -U")
 
     def run(self, chain: Chain) -> int:
         """Serve to the end; returns the exit status. Raises what a step of the start raises."""
         line = self._line
         os.umask(0o022)
         step(chain.name, "get_ready", chain.get_ready)
-        where = Where(line, self._activated)
+        where = Where(line, self._activated, self._tls)
         captive: Captive | None = None
         needs_cleanup = False
         try:
@@ -90,7 +120,13 @@ class Service:
                 readonly=bool(line.readonly),
                 threads=self._threads,
                 structured_replies=not line.no_sr,
+                meta_contexts=not line.no_mc,
+                extended_headers=not line.no_eh,
                 handshake_mask=self._mask,
+                oldstyle=bool(line.oldstyle),
+                handshake_timeout=self._timeout,
+                tls=self._tls,
+                credentials=self._credentials,
             )
             if line.run is not None:
                 from .captive import Captive
@@ -101,6 +137,12 @@ class Service:
                 daemon = background.Background()
                 daemon.fork(lambda pid: self._announce(where, pid))
             background.on_signals(lambda number: _stop(number, server, captive), where.remove)
+            if self._credentials is not None:
+                signal.signal(signal.SIGHUP, lambda number, frame: server.reload())
+            if line.swap:
+                from .system import lock_memory
+
+                lock_memory()
             if self._identity.changes:
                 from .preload import preload
 
@@ -159,6 +201,20 @@ def _stop(number: int, server: Server, captive: Captive | None) -> bool:
     else:
         captive.stop()
     return True
+
+
+def _seconds(option: str, text: str | None, default: float) -> float:
+    from ..parse import parse_delay
+
+    if text is None:
+        return default
+    try:
+        seconds = parse_delay(option, text)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if seconds > MAX_TIMEOUT:
+        raise UsageError(f"{option}: {text} is more than {MAX_TIMEOUT} seconds (0: no limit)")
+    return seconds
 
 
 def _number(option: str, text: str | None, default: int, high: int) -> int:

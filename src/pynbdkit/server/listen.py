@@ -1,4 +1,7 @@
-"""Listening sockets: Unix, TCP, and those inherited from a service manager."""
+"""Listening sockets: Unix, TCP, vsock, and those inherited from a service manager.
+
+And what a TCP connection is told (`tune`), so that it is quick, and ends when its client has gone.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,49 @@ MAX_PATH: Final = 107
 """The bytes that a Unix socket's path may have (unix(7))."""
 FIRST_INHERITED: Final = 3
 """SD_LISTEN_FDS_START: the first descriptor of socket activation."""
+MAX_VSOCK_PORT: Final = (1 << 32) - 2
+"""The one above stands for any port (VMADDR_PORT_ANY)."""
 ATTEMPTS: Final = 20
 """How often a free port is looked for that is free on all addresses."""
 
 
-def listen_unix(path: str) -> socket.socket:
-    """Listen on a Unix socket at `path`, which must not exist. Raises ConfigError."""
+KEEPALIVE_IDLE: Final = 60
+"""Seconds of silence after which a TCP client is asked whether it is there. The system's two hours
+keep the buffers, threads and exclusive devices of a client whose machine has lost its power."""
+KEEPALIVE_INTERVAL: Final = 15
+KEEPALIVE_COUNT: Final = 8
+"""Eight questions without an answer, a quarter of a minute apart: a network may be away for two
+minutes (a switch that starts anew) without a connection lost."""
+USER_TIMEOUT: Final = KEEPALIVE_IDLE + KEEPALIVE_COUNT * KEEPALIVE_INTERVAL
+"""Seconds that what we have sent may be left unacknowledged. The kernel sends it again and again
+then, and does not ask: without this, for a quarter of an hour. As long as with the questions."""
+
+
+def tune(sock: socket.socket) -> None:
+    """Have a TCP connection send at once, and end when the other side has gone (tcp(7)).
+
+    Does nothing to a socket of another kind. Raises OSError.
+    """
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_IDLE),
+        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL),
+        ("TCP_KEEPCNT", KEEPALIVE_COUNT),
+        ("TCP_USER_TIMEOUT", USER_TIMEOUT * 1000),
+    ):
+        number = getattr(socket, name, None)  # not every system has them all
+        if number is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, number, value)
+
+
+def listen_unix(path: str, mode: int | None = None) -> socket.socket:
+    """Listen on a Unix socket at `path`, which must not exist. Raises ConfigError.
+
+    `mode`: its permissions (who may write to it may connect); None: as the umask has it.
+    """
     size = len(os.fsencode(path))
     if size > MAX_PATH:
         raise ConfigError(
@@ -31,7 +71,7 @@ def listen_unix(path: str) -> socket.socket:
         )
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.bind(path)
+        _bind_with_mode(sock, path, mode)
         sock.listen(socket.SOMAXCONN)
     except OSError as error:
         sock.close()
@@ -39,6 +79,53 @@ def listen_unix(path: str) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             why = "it exists already; remove it, unless another server listens there"
         raise ConfigError(f"cannot listen on {path}: {why}") from None
+    return sock
+
+
+def _bind_with_mode(sock: socket.socket, path: str, mode: int | None) -> None:
+    """Bind to a path so that the socket there has the mode from its first moment.
+
+    By the umask: a chmod afterwards comes late, and would follow what somebody has put in the
+    socket's place meanwhile; an fchmod before can take permissions away, but the umask cannot be
+    given back by it. The umask is the whole process's; but no client is served as yet.
+    """
+    if mode is None:
+        sock.bind(path)
+        return
+    before = os.umask(0o777 & ~mode)
+    try:
+        sock.bind(path)
+    finally:
+        os.umask(before)
+
+
+def listen_vsock(port: str | int = 10809) -> socket.socket:
+    """Listen on a vsock port, for the host and its virtual machines (vsock(7)).
+
+    Arguments: a port number of 32 bits (0: any free one). Raises ConfigError.
+    """
+    from ..parse import parse_int
+
+    try:
+        number = parse_int("port", str(port), 0, MAX_VSOCK_PORT)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    family = getattr(socket, "AF_VSOCK", None)
+    if family is None:
+        raise ConfigError("--vsock: this system has no vsock sockets")
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(
+            f"--vsock: this kernel has no vsock sockets: {error.strerror}"
+            " (on Linux, the module 'vsock' and one for the machine's transport)"
+        ) from None
+    try:
+        sock.bind((socket.VMADDR_CID_ANY, number or socket.VMADDR_PORT_ANY))
+        sock.listen(socket.SOMAXCONN)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"cannot listen on vsock port {number}: {error.strerror}") from None
     return sock
 
 

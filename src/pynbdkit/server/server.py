@@ -18,6 +18,7 @@ import time
 from .. import log
 from ..session import stops
 from .connection import Connection, needs_lock
+from .listen import tune
 from .watch import Watch
 
 TYPE_CHECKING = False
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from ..tls import Credentials
 
 SLICE = 0.1
-"""Seconds between looks for a signal, while connections end."""
+"""Seconds between looks for a signal, while connections end; and between two attempts to accept,
+where the system refuses: a connection that ends makes room, and networks come back."""
+QUIET = 10.0
+"""Seconds in which the same trouble with accepting clients is not said again."""
 STOP_PATIENCE = 10.0
 """Seconds that clients get, after `stop`, to take the replies that are due. Requests that run are
 waited for, however long they take."""
@@ -76,6 +80,8 @@ class Server:
         self.watch = Watch()
         self.stopping = threading.Event()
         self._asked = False
+        self._reload = False
+        self._said: dict[str, float] = {}
         self._listeners = list(listeners)
         self._connections: set[Connection] = set()
         self._none_left = threading.Condition()
@@ -117,10 +123,12 @@ class Server:
     def stop(self) -> None:
         """Ask the server to stop; safe in a signal handler and from any thread."""
         self._asked = True  # a handler must not take the event's lock: we may be holding it
-        try:
-            os.write(self._wake_write, b"x")
-        except OSError:
-            pass  # it was told before, or has ended
+        self._wake()
+
+    def reload(self) -> None:
+        """Have the credentials read again, for new connections; safe in a signal handler."""
+        self._reload = True
+        self._wake()
 
     def close(self) -> None:
         """Stop, and return when everything has ended (after `start`)."""
@@ -169,6 +177,12 @@ class Server:
             self._none_left.wait(SLICE)
         return not self._connections
 
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_write, b"x")
+        except OSError:
+            pass  # it was told before, or has ended
+
     def _close_wake(self) -> None:
         read, write = self._wake_read, self._wake_write
         self._wake_read = self._wake_write = -1  # a later `stop` must not write to a reused one
@@ -180,43 +194,57 @@ class Server:
     def _accept_all(self) -> None:
         poll = select.poll()
         poll.register(self._wake_read, select.POLLIN)
+        resting = select.poll()
+        resting.register(self._wake_read, select.POLLIN)
         by_fd = {listener.fileno(): listener for listener in self._listeners}
         for listener in self._listeners:
             listener.setblocking(False)
             poll.register(listener, select.POLLIN)
         while not self._asked:
+            self._reload_if_asked()
             for fd, _ in poll.poll():
                 if fd == self._wake_read:
                     os.read(fd, 4096)  # of a signal that did not stop us, perhaps
-                    continue
-                listener = by_fd.get(fd)  # type: ignore[assignment]
-                if listener is not None:
-                    self._accept(listener)
+                elif not self._accept(by_fd[fd]):
+                    resting.poll(SLICE * 1000)  # the client still waits: poll would not
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _reload_if_asked(self) -> None:
+        if self._reload:
+            self._reload = False
+            if self.credentials is not None:
+                self.credentials.reload()
+
+    def _accept(self, listener: socket.socket) -> bool:
+        """Accept a client, if there is one; False if the system cannot at the moment."""
         try:
             sock, _ = listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
+            return True
         except OSError as error:
             if error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
                 raise  # not a listening socket: this does not mend itself
-            log.error(f"accept: {error.strerror}")
-            time.sleep(SLICE)  # a connection that ends makes room; networks come back
-            return
+            self._complain(f"accept: {error.strerror}")
+            return False
         connection = None
         try:
             sock.setblocking(True)
-            if sock.family in (socket.AF_INET, socket.AF_INET6):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            tune(sock)
             connection = self._admit(sock)
             connection.thread.start()
-        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be started
-            log.error(f"cannot serve a client: {error}")
+        except (OSError, RuntimeError, MemoryError) as error:  # RuntimeError: no thread
+            why = str(error) if isinstance(error, RuntimeError) else log.describe(error)
+            self._complain(f"cannot serve a client: {why}")
             sock.close()
             if connection is not None:
                 self.forget(connection)
+        return True
+
+    def _complain(self, message: str) -> None:
+        """Say what is wrong; but while it stays so, not for each client or attempt."""
+        now = time.monotonic()
+        if now >= self._said.get(message, 0.0):
+            log.error(message)
+            self._said[message] = now + QUIET
 
     def _admit(self, sock: socket.socket) -> Connection:
         self._count += 1

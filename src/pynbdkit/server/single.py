@@ -10,6 +10,7 @@ import stat
 import sys
 
 from ..errors import ConfigError
+from .listen import tune
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,12 +26,19 @@ class _Direction:
         self._event = event
         self._hear, self._tell = os.pipe2(os.O_CLOEXEC)
 
-    def wait(self) -> None:
-        """Return when the descriptor is ready, or the direction is shut down."""
+    def wait(self, seconds: float | None) -> None:
+        """Return when the descriptor is ready, or the direction is shut down.
+
+        Raises as a socket does when neither happens in time: TimeoutError, or BlockingIOError
+        where no time is given at all.
+        """
         poll = select.poll()
         poll.register(self.fd, self._event)
         poll.register(self._hear, select.POLLIN)
-        poll.poll()
+        if not poll.poll(None if seconds is None else seconds * 1000):
+            if seconds:
+                raise TimeoutError("timed out")
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     def shutdown(self) -> None:
         """Let `wait` return from now on."""
@@ -58,15 +66,26 @@ class Pipes:
         self._read = _Direction(read, select.POLLIN)
         self._write = _Direction(write, select.POLLOUT)
         self._closed = False
+        self._timeout: float | None = None
+
+    def settimeout(self, seconds: float | None) -> None:
+        """How long one `recv_into` or `sendmsg` may wait; None: as long as it takes."""
+        if seconds is not None and seconds < 0:
+            raise ValueError("Timeout value out of range")
+        self._timeout = seconds
+
+    def gettimeout(self) -> float | None:
+        """What `settimeout` was told."""
+        return self._timeout
 
     def fileno(self) -> int:
         """The descriptor to wait for requests on."""
         return -1 if self._closed else self._read.fd
 
     def recv_into(self, buffer: memoryview | bytearray, nbytes: int = 0, flags: int = 0) -> int:
-        """Read what there is; 0 at the end."""
+        """Read what there is; 0 at the end. Raises OSError, which TimeoutError is one of."""
         while self._read.open:
-            self._read.wait()
+            self._read.wait(self._timeout)
             if self._read.open:
                 try:
                     return os.readv(self._read.fd, [buffer])
@@ -75,12 +94,12 @@ class Pipes:
         return 0
 
     def sendmsg(self, buffers: Sequence[bytes | bytearray | memoryview]) -> int:
-        """Write; returns how many bytes were taken. Raises OSError."""
+        """Write; returns how many bytes were taken. Raises OSError, also TimeoutError."""
         while self._write.open:
             try:
                 return os.writev(self._write.fd, buffers)
             except BlockingIOError:
-                self._write.wait()
+                self._write.wait(self._timeout)
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     def getpeername(self) -> None:
@@ -138,6 +157,5 @@ def stdin_stdout() -> tuple[socket.socket, bool]:
     os.close(write)
     sock = socket.socket(fileno=read)
     sock.setblocking(True)
-    if sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    tune(sock)
     return sock, stderr_is_ours
