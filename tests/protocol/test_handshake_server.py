@@ -1,31 +1,54 @@
-"""The server's handshake, fed with bytes that are packed here by hand.
-
-Nothing of the package encodes or decodes for these tests: a mistake that both of its sides share
-would still be seen.
-"""
+"""The server's handshake, fed with bytes that are packed by hand."""
 
 from __future__ import annotations
 
 import itertools
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from packing import (
+    ABORT,
+    ACK,
+    EXPORT_NAME,
+    EXT_HEADER_REQD,
+    EXTENDED,
+    GO,
+    INFO,
+    INVALID,
+    LIST,
+    LIST_META,
+    META,
+    PEEK,
+    REP_INFO,
+    SEND_DF,
+    SERVER,
+    SET_META,
+    SHUTDOWN,
+    STARTTLS,
+    STATUS_PAYLOAD,
+    STRUCTURED,
+    TOO_BIG,
+    UNKNOWN,
+    UNSUP,
+    counted,
+    drain,
+    flags,
+    go,
+    kinds,
+    meta,
+    option,
+    split,
+    talk,
+)
 from pynbdkit.protocol import handshake_server as hs
 from pynbdkit.protocol.errors import HandshakeError
 from pynbdkit.protocol.handshake_server import ExportInfo, ServerHandshake
 from pynbdkit.protocol.options import BlockSize
-
-EXPORT_NAME, ABORT, LIST, PEEK, STARTTLS, INFO, GO, STRUCTURED, LIST_META, SET_META, EXTENDED = (
-    range(1, 12)
-)
-ACK, SERVER, REP_INFO, META = 1, 2, 3, 4
-UNSUP, INVALID, UNKNOWN, SHUTDOWN, TOO_BIG = (2**31 + n for n in (1, 3, 6, 7, 9))
-SEND_DF = 1 << 7
 
 
 class Exports(hs.ExportSource):
@@ -33,6 +56,7 @@ class Exports(hs.ExportSource):
 
     def __init__(self) -> None:
         self.opened: list[str] = []
+        self.queries: list[tuple[str, ...]] = []
         self.exports = {
             "": ExportInfo("disk", 2**40 + 1, 0b101, "the first disk", BlockSize(1, 4096, 2**25)),
             "disk": ExportInfo("disk", 2**40 + 1, 0b101, "the first disk"),
@@ -49,72 +73,15 @@ class Exports(hs.ExportSource):
             raise HandshakeError(UNKNOWN, f"no export {name!r}")
         return self.exports[name]
 
-    def contexts(self, name: str) -> Sequence[str]:
+    def contexts(self, name: str, queries: Sequence[str]) -> Sequence[str]:
+        self.queries.append(tuple(queries))
         if name not in self.exports:
             raise HandshakeError(UNKNOWN, f"no export {name!r}")
         return ("base:allocation", "x-test:one", "x-test:two")
 
 
-class Reply(NamedTuple):
-    option: int
-    kind: int
-    data: bytes
-
-
-def flags(value: int = 3) -> bytes:
-    return struct.pack(">I", value)
-
-
-def option(number: int, data: bytes = b"", *, length: int | None = None) -> bytes:
-    return b"IHAVEOPT" + struct.pack(">II", number, len(data) if length is None else length) + data
-
-
-def counted(data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + data
-
-
-def go(name: bytes, *infos: int) -> bytes:
-    return counted(name) + struct.pack(f">H{len(infos)}H", len(infos), *infos)
-
-
-def meta(name: bytes, *queries: bytes) -> bytes:
-    return counted(name) + struct.pack(">I", len(queries)) + b"".join(map(counted, queries))
-
-
-def machine(
-    *, structured_replies: bool = True, fixed: bool = True, no_zeroes: bool = True
-) -> ServerHandshake:
-    return ServerHandshake(
-        Exports(), structured_replies=structured_replies, fixed=fixed, no_zeroes=no_zeroes
-    )
-
-
-def drain(server: ServerHandshake, data: bytes) -> bytes:
-    """Feed ``data`` and gather answers as a driver does."""
-    output = answer = server.receive(data)
-    while answer:
-        answer = server.receive(b"")
-        output += answer
-    return output
-
-
-def split(data: bytes) -> list[Reply]:
-    replies = []
-    while data:
-        magic, number, kind, length = struct.unpack_from(">QIII", data)
-        assert magic == 0x3E889045565A9
-        replies.append(Reply(number, kind, data[20 : 20 + length]))
-        assert len(replies[-1].data) == length
-        data = data[20 + length :]
-    return replies
-
-
-def talk(server: ServerHandshake, *options: bytes, client_flags: int = 3) -> list[Reply]:
-    return split(drain(server, flags(client_flags) + b"".join(options)))
-
-
-def kinds(replies: list[Reply]) -> list[int]:
-    return [reply.kind for reply in replies]
+def machine(**switches: Any) -> ServerHandshake:
+    return ServerHandshake(Exports(), **switches)
 
 
 # --- What a good client meets ------------------------------------------------------------------
@@ -311,6 +278,13 @@ def test_set_meta_context_needs_structured_replies() -> None:
     assert kinds(talk(machine(), option(SET_META, query))) == [INVALID]
 
 
+def test_the_source_is_told_the_queries() -> None:
+    exports = Exports()
+    options = option(LIST_META, meta(b"")), option(SET_META, meta(b"", b"base:", b"x-test:one"))
+    talk(ServerHandshake(exports), option(STRUCTURED), *options)
+    assert exports.queries == [(), ("base:", "x-test:one")]
+
+
 def test_contexts_of_an_unknown_export() -> None:
     query = meta(b"nope", b"base:allocation")
     replies = talk(machine(), option(STRUCTURED), option(LIST_META, query), option(SET_META, query))
@@ -327,6 +301,18 @@ def test_no_sr_knows_neither_structured_replies_nor_contexts() -> None:
     assert not server.negotiated.structured_replies
 
 
+def test_no_mc_knows_no_contexts_but_the_rest() -> None:
+    server = machine(meta_contexts=False)
+    query = meta(b"disk", b"base:allocation")
+    options = option(EXTENDED), option(LIST_META, query), option(SET_META, query)
+    replies = talk(server, *options, option(LIST_META), option(GO, go(b"disk")))
+    assert kinds(replies) == [ACK, UNSUP, UNSUP, UNSUP, REP_INFO, ACK]
+    assert server.negotiated.extended_headers
+    assert server.negotiated.contexts == ()
+    assert server.negotiated.export.flags == 0b101 | SEND_DF
+    assert kinds(talk(machine(meta_contexts=False), option(STRUCTURED))) == [ACK]
+
+
 def test_the_inherited_source_has_base_allocation() -> None:
     class Source(hs.ExportSource):
         def list_exports(self) -> Sequence[tuple[str, str]]:
@@ -335,7 +321,90 @@ def test_the_inherited_source_has_base_allocation() -> None:
         def open(self, name: str) -> ExportInfo:
             return ExportInfo(name, 0, 1)
 
-    assert list(Source().contexts("any")) == ["base:allocation"]
+    assert list(Source().contexts("any", ())) == ["base:allocation"]
+
+
+# --- Extended headers --------------------------------------------------------------------------
+
+
+def test_extended_headers_imply_structured_replies() -> None:
+    server = machine()
+    replies = talk(server, option(EXTENDED), option(EXTENDED), option(GO, go(b"disk")))
+    assert kinds(replies) == [ACK, ACK, REP_INFO, ACK]
+    assert replies[2].data == struct.pack(">HQH", 0, 2**40 + 1, 0b101 | SEND_DF)
+    assert server.negotiated.extended_headers
+    assert server.negotiated.structured_replies
+
+
+def test_extended_headers_take_precedence() -> None:
+    server = machine()
+    options = option(STRUCTURED), option(EXTENDED), option(STRUCTURED), option(GO, go(b"disk"))
+    assert kinds(talk(server, *options)) == [ACK, ACK, EXT_HEADER_REQD, REP_INFO, ACK]
+    assert server.negotiated.extended_headers
+    assert server.negotiated.structured_replies
+
+
+def test_who_does_not_ask_for_extended_headers_has_none() -> None:
+    exports = Exports()
+    exports.exports["disk"] = ExportInfo("disk", 7, 1 | STATUS_PAYLOAD)
+    server = ServerHandshake(exports)
+    select = option(SET_META, meta(b"disk", b"base:allocation"))
+    (_ack, _context, _done, info, _end) = talk(
+        server, option(STRUCTURED), select, option(GO, go(b"disk"))
+    )
+    assert info.data == struct.pack(">HQH", 0, 7, 1 | SEND_DF)
+    assert not server.negotiated.extended_headers
+
+
+@pytest.mark.parametrize("name", [b"disk", b"other"])
+def test_a_filter_of_block_status_is_offered_where_contexts_are_selected(name: bytes) -> None:
+    server = machine()
+    select = option(SET_META, meta(b"disk", b"base:allocation", b"x-test:two"))
+    replies = talk(server, select, option(EXTENDED), select, option(INFO, go(name)))
+    assert kinds(replies) == [INVALID, ACK, META, META, ACK, REP_INFO, ACK]
+    drain(server, option(GO, go(name)))
+    shown = struct.unpack(">HQH", replies[5].data)[2]
+    assert bool(shown & STATUS_PAYLOAD) is (name == b"disk")
+    assert server.negotiated.export.flags == shown
+    assert len(server.negotiated.contexts) == (2 if name == b"disk" else 0)
+
+
+def test_a_filter_is_not_offered_once_no_context_is_selected() -> None:
+    server = machine()
+    select = [option(SET_META, meta(b"disk", query)) for query in (b"base:allocation", b"x-no:x")]
+    talk(server, option(EXTENDED), *select, option(GO, go(b"disk")))
+    assert server.negotiated.export.flags == 0b101 | SEND_DF
+
+
+def test_extended_headers_forbid_export_name() -> None:
+    exports = Exports()
+    server = ServerHandshake(exports)
+    assert kinds(talk(server, option(EXTENDED), option(EXPORT_NAME, b"disk"))) == [ACK]
+    assert server.state == hs.CLOSED
+    assert server.error == "NBD_OPT_EXPORT_NAME: not allowed with extended headers"
+    assert exports.opened == []
+
+
+@pytest.mark.parametrize("switch", ["extended_headers", "structured_replies"])
+def test_extended_headers_switched_off(switch: str) -> None:
+    server = machine(**{switch: False})
+    options = option(EXTENDED), option(EXTENDED, b"x"), option(GO, go(b"disk"))
+    assert kinds(talk(server, *options)) == [UNSUP, UNSUP, REP_INFO, ACK]
+    assert not server.negotiated.extended_headers
+    assert not server.negotiated.structured_replies
+
+
+# --- Oldstyle ----------------------------------------------------------------------------------
+
+
+def test_oldstyle() -> None:
+    export = ExportInfo("disk", 2**40 + 1, 0b100 | SEND_DF | STATUS_PAYLOAD, "the first disk")
+    greeting = hs.oldstyle(export)
+    assert greeting[:16] == b"NBDMAGIC" + bytes.fromhex("0000420281861253")
+    assert greeting[16:] == struct.pack(">QI", 2**40 + 1, 0b101) + bytes(124)
+    negotiated = hs.oldstyle_negotiated(export)
+    assert negotiated.export == export._replace(flags=0b101)
+    assert negotiated[1:] == (False, False, (), False)
 
 
 # --- What a bad client meets: refused, and the connection goes on ------------------------------
@@ -347,6 +416,7 @@ REFUSED = {
     "unknown option of 1 MiB": (option(77, bytes(2**20)), UNSUP),
     "LIST with data": (option(LIST, b"x"), INVALID),
     "STRUCTURED_REPLY with data": (option(STRUCTURED, b"x"), INVALID),
+    "EXTENDED_HEADERS with data": (option(EXTENDED, b"x"), INVALID),
     "INFO without data": (option(INFO), INVALID),
     "INFO: name longer than the data": (option(INFO, struct.pack(">I", 99) + bytes(2)), INVALID),
     "INFO: no room for the count": (option(INFO, counted(b"disk")), INVALID),

@@ -28,8 +28,10 @@ Theory. The server speaks first (`ServerHandshake.greeting`). After that the cli
                                      ACK
     anything else      skipped       -                     UNSUP, OPTIONS
 
-Under ``tls="require"`` every option but STARTTLS and ABORT is TLS_REQD until TLS runs, and neither
-its payload nor an export is looked at.
+TLS: the specification's modes NOTLS, SELECTIVETLS and FORCEDTLS are ``tls="off"``, ``"on"`` and
+``"require"``. Under the last, until TLS runs, every option but STARTTLS and ABORT is TLS_REQD, and
+neither its payload nor an export is looked at. What comes in one piece with STARTTLS, but behind
+it, was sent in the clear by whoever could: it is TLS's to judge (`leftover`), never an option.
 
 A refused option never desynchronizes the stream: its payload is always read to the end, and is
 never stored when it cannot be used. So a connection holds at most one payload of the longest
@@ -68,6 +70,7 @@ from .constants import (
     REP_ACK,
     REP_ERR_EXT_HEADER_REQD,
     REP_ERR_INVALID,
+    REP_ERR_POLICY,
     REP_ERR_SHUTDOWN,
     REP_ERR_TLS_REQD,
     REP_ERR_TOO_BIG,
@@ -133,7 +136,11 @@ MAX_REPLY_BATCH: Final = 256 * 1024
 
 
 class ExportSource(Protocol):
-    """Where a handshake gets its exports from. Each method may raise `HandshakeError`."""
+    """Where a handshake gets its exports from. Each method may raise `HandshakeError`.
+
+    REP_ERR_TLS_REQD (from `open`, for an export that is served over TLS alone) is sent where the
+    specification allows it, before TLS and for INFO and GO; elsewhere it becomes REP_ERR_POLICY.
+    """
 
     def list_exports(self) -> Sequence[tuple[str, str]]:
         """Return name and description of each export, for LIST.
@@ -149,14 +156,15 @@ class ExportSource(Protocol):
         Raises HandshakeError with REP_ERR_UNKNOWN if there is no such export.
         """
 
-    def contexts(self, name: str) -> Sequence[str]:
-        """Return the metadata contexts to choose from for an export, without opening it.
+    def contexts(self, name: str, queries: Sequence[str]) -> Sequence[str]:
+        """Return the metadata contexts to choose from for an export.
 
-        For LIST_META_CONTEXT and SET_META_CONTEXT. An explicit subclass inherits the answer
-        ``base:allocation`` for every name. Raises HandshakeError with REP_ERR_UNKNOWN where it
-        is cheap to know that there is no such export.
+        For LIST_META_CONTEXT and SET_META_CONTEXT, whose queries say what is worth looking for (no
+        query at all, in a listing: everything). An explicit subclass inherits the answer
+        ``base:allocation`` for every name. Raises HandshakeError with REP_ERR_UNKNOWN where there
+        is no such export and that is cheap to know.
         """
-        del name
+        del name, queries
         return (CONTEXT_BASE_ALLOCATION,)
 
     def forget(self) -> None:
@@ -179,8 +187,8 @@ class ServerHandshake:
         fixed: whether to offer fixed newstyle (``--mask-handshake``). Without it EXPORT_NAME is
             the only option that exists.
         no_zeroes: whether to offer NO_ZEROES (``--mask-handshake``).
-        tls: ``"off"``, ``"on"`` or ``"require"`` (NOTLS, SELECTIVETLS and FORCEDTLS in the
-            specification).
+        tls: ``"off"``, ``"on"`` or ``"require"``; anything else is a ValueError, because a slip of
+            the pen must not serve in the clear. TLS needs ``fixed``.
 
     Attributes:
         state: CLIENT_FLAGS, OPTIONS, STARTTLS, TRANSMISSION or CLOSED.
@@ -199,6 +207,8 @@ class ServerHandshake:
         no_zeroes: bool = True,
         tls: str = "off",
     ) -> None:
+        if tls not in ("off", "on", "require"):
+            raise ValueError(f"tls is {tls!r} instead of 'off', 'on' or 'require'")
         self.state = CLIENT_FLAGS
         self.secure = False
         self.error: str | None = None
@@ -378,6 +388,12 @@ class ServerHandshake:
     def _needs_tls(self) -> bool:
         return self._tls == "require" and not self.secure
 
+    def _may_ask_for_tls(self, option: int) -> bool:
+        """Whether TLS_REQD is allowed, also when an `ExportSource` raises it ("TLS support")."""
+        if self._tls == "on" and not self.secure:
+            return option in (OPT_INFO, OPT_GO)  # "only in respect of a TLS-only export"
+        return self._needs_tls()
+
     def _is_skipping(self) -> bool:
         return self._refusal is not None or self._option == OPT_ABORT
 
@@ -393,7 +409,10 @@ class ServerHandshake:
         except HandshakeError as error:
             if option == OPT_EXPORT_NAME:
                 return self._close(f"NBD_OPT_EXPORT_NAME: {error.message}")
-            return encode_reply(option, error.code, encode_display(error.message))
+            code = error.code
+            if code == REP_ERR_TLS_REQD and not self._may_ask_for_tls(option):
+                code = REP_ERR_POLICY
+            return encode_reply(option, code, encode_display(error.message))
 
     # --- The options ---------------------------------------------------------------------
 
@@ -464,7 +483,7 @@ class ServerHandshake:
         if setting and not self._structured:
             raise HandshakeError(REP_ERR_INVALID, "structured replies must be negotiated first")
         query = decode_context_query(data)
-        available = self._exports.contexts(query.name)
+        available = self._exports.contexts(query.name, query.queries)
         if setting:
             contexts = match_contexts(available, query.queries, wildcards=False)
             self._contexts_for, self._contexts = query.name, contexts
