@@ -331,7 +331,7 @@ NONE = chunk(0, b"", True)
 
 def settled(flags: int = 1) -> tuple[Client, socket.socket]:
     """A client in transmission with structured replies, and the server's end of its connection."""
-    handshake = ClientHandshake("")
+    handshake = ClientHandshake("", extended_headers=False)
     info = struct.pack(">HQH", 0, 4096, flags)
     replied = [(8, 1, b""), (10, 4, b"\0\0\0\7base:allocation"), (10, 1, b""), (7, 3, info)]
     stream = b"NBDMAGICIHAVEOPT\0\3"

@@ -13,7 +13,7 @@ import pynbdkit
 from pynbdkit.cli import pynbd
 from pynbdkit.client import Client, connect
 from pynbdkit.protocol import constants as nbd
-from support import run
+from support import next_peer, run
 
 Connect = Callable[..., Any]
 
@@ -48,7 +48,7 @@ def test_info_is_nbdinfos(
     memory: pynbdkit.RunningServer, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     assert pynbd.main(["info", memory.uri, *words]) == 0
-    lines = run("nbdinfo", *words, memory.uri).stdout.splitlines(keepends=True)
+    lines = run(next_peer("nbdinfo"), *words, memory.uri).stdout.splitlines(keepends=True)
     expected = "".join(line for line in lines if "content" not in line)
     assert capsys.readouterr().out == expected
 

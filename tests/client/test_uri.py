@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pynbdkit.client.uri import Uri, UriError, parse_uri
+from pynbdkit.client.uri import Tls, Uri, UriError, parse_uri
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,25 @@ from pynbdkit.client.uri import Uri, UriError, parse_uri
         ("nbd://user@host:0/", Uri("", None, "host", 0)),
         ("nbd+unix://?socket=/tmp/nbdkitXXXX/socket", Uri("", "/tmp/nbdkitXXXX/socket")),
         ("nbd+unix:///a%2Fb/c?socket=/a%20b&x-mine=1", Uri("a/b/c", "/a b")),
+        # TLS: the examples of libnbd's manual, and each of its parameters.
+        ("nbds://example.com", Uri("", None, "example.com", tls=Tls())),
+        (
+            "nbds+unix://alice@/?socket=/tmp/nbd.sock&tls-certificates=certs",
+            Uri("", "/tmp/nbd.sock", tls=Tls("certs", user="alice")),
+        ),
+        ("nbds+unix:///x?socket=s&x-mine=1", Uri("x", "s", tls=Tls())),
+        (
+            "nbds://al%40ice@h:99/x?tls-psk-file=%2Fkeys&tls-certificates=c%20d",
+            Uri("x", None, "h", 99, Tls("c d", "/keys", "al@ice")),
+        ),
+        (
+            "nbds://h/?tls-hostname=other.example.com&tls-type=x509",
+            Uri("", None, "h", tls=Tls(hostname="other.example.com")),
+        ),
+        ("nbds://h/?tls-verify-peer=false", Uri("", None, "h", tls=Tls(verify_peer=False))),
+        ("nbds://h/?tls-verify-peer=0", Uri("", None, "h", tls=Tls(verify_peer=False))),
+        ("nbds://h/?tls-verify-peer=1", Uri("", None, "h", tls=Tls())),
+        ("nbd://h/?tls-verify-peer=maybe", Uri("", None, "h")),  # It has no meaning there.
         ("nbd+unix:///gr%C3%B6%C3%9Fe?socket=s&tls-type=x509", Uri("größe", "s")),
     ],
 )
@@ -38,8 +57,19 @@ def test_parse(text: str, uri: Uri) -> None:
         ("", "nbd://HOST"),
         ("localhost:10809", "nbd://HOST"),
         ("http://localhost/", "nbd://HOST"),
-        ("nbds://localhost/", "TLS"),
-        ("nbds+unix:///?socket=s", "TLS"),
+        ("nbd+unix://user@/?socket=s", "no host"),
+        ("nbds+unix:///x", "socket=PATH"),
+        ("nbds+unix://host/?socket=s", "no host"),
+        ("nbds+unix://user@host/?socket=s", "no host"),
+        ("nbds://localhost/?socket=s", "'socket'"),
+        ("nbds://localhost/?tls-frobnicate=1", "'tls-frobnicate'"),
+        ("nbds://localhost/?tls-certificates=", "tls-certificates is empty"),
+        ("nbds://localhost/?tls-hostname=", "tls-hostname is empty"),
+        ("nbds://localhost/?tls-verify-peer=maybe", "true or false"),
+        ("nbds://localhost/?tls-type=anon", "x509 or psk"),
+        ("nbds://localhost/?tls-type=psk", "tls-psk-file=FILE"),
+        ("nbds://localhost/?tls-type=x509&tls-psk-file=f", "x509 or psk"),
+        ("nbds://%ff@localhost/", "utf-8"),
         ("nbd+unix:///x", "socket=PATH"),
         ("nbd+unix:///x?socket=", "socket=PATH"),
         ("nbd+unix://tmp/sock?socket=s", "no host"),
@@ -62,9 +92,13 @@ def test_what_cannot_be_understood_is_named(text: str, word: str) -> None:
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 
-@given(export=names, socket=names.filter(bool))
-def test_unix_round_trip(export: str, socket: str) -> None:
-    uri = Uri(export, socket)
+texts = st.none() | names.filter(bool)
+settings = st.none() | st.builds(Tls, texts, texts, texts, texts, st.booleans())
+
+
+@given(export=names, socket=names.filter(bool), tls=settings)
+def test_unix_round_trip(export: str, socket: str, tls: Tls | None) -> None:
+    uri = Uri(export, socket, tls=tls)
     assert parse_uri(str(uri)) == uri
 
 
@@ -72,7 +106,8 @@ def test_unix_round_trip(export: str, socket: str) -> None:
     export=names,
     host=st.sampled_from(["localhost", "192.0.2.1", "::1", "fe80::1%eth0", "example.com"]),
     port=st.integers(0, 65535),
+    tls=settings,
 )
-def test_tcp_round_trip(export: str, host: str, port: int) -> None:
-    uri = Uri(export, None, host, port)
+def test_tcp_round_trip(export: str, host: str, port: int, tls: Tls | None) -> None:
+    uri = Uri(export, None, host, port, tls)
     assert parse_uri(str(uri)) == uri

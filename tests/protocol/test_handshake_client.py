@@ -17,10 +17,13 @@ from pynbdkit.protocol.handshake_client import ClientHandshake, ExportInfo
 from pynbdkit.protocol.handshake_server import ExportSource, ServerHandshake
 from pynbdkit.protocol.options import BlockSize
 
-EXPORT_NAME, ABORT, LIST, _, _, INFO, GO, STRUCTURED, LIST_META, SET_META = range(1, 11)
+EXPORT_NAME, ABORT, LIST, _, STARTTLS, INFO, GO, STRUCTURED, LIST_META, SET_META, EXTENDED = range(
+    1, 12
+)
 ACK, SERVER, REP_INFO, META = 1, 2, 3, 4
 UNSUP, POLICY, INVALID, TLS_REQD, UNKNOWN, SHUTDOWN = (2**31 + n for n in (1, 2, 3, 5, 6, 7))
 SEND_DF = 1 << 7
+PAYLOAD = 1 << 12
 
 
 class Exports(ExportSource):
@@ -36,7 +39,7 @@ class Exports(ExportSource):
             raise HandshakeError(UNKNOWN, f"no export {name!r}")
         return ExportInfo(name or "disk", 12345, 0b101, "text", BlockSize(1, 4096, 2**25))
 
-    def contexts(self, name: str) -> Sequence[str]:
+    def contexts(self, name: str, queries: Sequence[str]) -> Sequence[str]:
         return ("base:allocation", "x-test:one")
 
 
@@ -45,6 +48,10 @@ def wire(client: ClientHandshake, server: ServerHandshake) -> None:
     to_client = server.greeting()
     while to_client:
         to_server = client.receive(to_client)
+        if client.state == hc.STARTTLS:
+            assert (server.state, server.leftover) == ("STARTTLS", b"")
+            server.tls_started()
+            to_server = client.tls_started()
         to_client = answer = server.receive(to_server)
         while answer:
             answer = server.receive(b"")
@@ -62,17 +69,27 @@ def test_every_combination_of_wishes_and_offers(
     export: str | None, enter: bool, list_exports: bool, server_fixed: bool, client_fixed: bool
 ) -> None:
     fixed = server_fixed and client_fixed
-    for structured, contexts, offer, no_zeroes, list_contexts in itertools.product(
-        (True, False), ((), ("base:allocation", "x-no:x")), (True, False), range(4), (True, False)
+    for structured, contexts, offer, no_zeroes, list_contexts, extended in itertools.product(
+        (True, False),
+        ((), ("base:allocation", "x-no:x")),
+        (True, False),
+        range(4),
+        (True, False),
+        range(4),
     ):
         server = ServerHandshake(
-            Exports(), structured_replies=offer, fixed=server_fixed, no_zeroes=bool(no_zeroes & 1)
+            Exports(),
+            structured_replies=offer,
+            extended_headers=bool(extended & 1),
+            fixed=server_fixed,
+            no_zeroes=bool(no_zeroes & 1),
         )
         client = ClientHandshake(
             export,
             enter=enter,
             list_exports=list_exports,
             structured_replies=structured,
+            extended_headers=bool(extended & 2),
             contexts=contexts,
             list_contexts=list_contexts,
             fixed=client_fixed,
@@ -84,7 +101,9 @@ def test_every_combination_of_wishes_and_offers(
         assert client.exports == (listed if list_exports and fixed else None)
         granted = fixed and structured and offer
         assert client.structured_replies is granted
-        if granted and list_contexts and export is not None:
+        headers = granted and extended == 3
+        assert client.extended_headers is headers
+        if fixed and offer and list_contexts and export is not None:
             assert client.available_contexts == ("base:allocation", "x-test:one")
         else:
             assert client.available_contexts is None
@@ -97,7 +116,8 @@ def test_every_combination_of_wishes_and_offers(
         assert client.refusal is None
         assert client.export is not None
         assert client.export.size == 12345
-        assert client.export.flags == 0b101 | (SEND_DF if granted else 0)
+        flags = 0b101 | (SEND_DF if granted else 0) | (PAYLOAD if headers and contexts else 0)
+        assert client.export.flags == flags
         if fixed:
             assert client.export.name == (export or "disk")
             assert client.export.description == "text"
@@ -145,6 +165,7 @@ def counted(data: bytes) -> bytes:
 
 
 EXPORT = struct.pack(">HQH", 0, 2**50, 0b1)
+NO_EXTENDED = reply(EXTENDED, UNSUP)
 GO_OK = reply(GO, REP_INFO, EXPORT) + reply(GO, ACK)
 
 
@@ -162,8 +183,9 @@ def sent(data: bytes) -> list[int]:
 def test_first_words_of_a_client() -> None:
     client = ClientHandshake("disk")
     assert client.receive(greeting()) == struct.pack(">I", 3) + b"IHAVEOPT" + struct.pack(
-        ">II", STRUCTURED, 0
+        ">II", EXTENDED, 0
     )
+    assert client.receive(NO_EXTENDED) == b"IHAVEOPT" + struct.pack(">II", STRUCTURED, 0)
     assert client.receive(reply(STRUCTURED, ACK)) == b"IHAVEOPT" + struct.pack(
         ">II", SET_META, 4 + 4 + 4 + 4 + 15
     ) + counted(b"disk") + struct.pack(">I", 1) + counted(b"base:allocation")
@@ -195,7 +217,8 @@ def test_go_falls_back_to_export_name() -> None:
 def test_refusals_on_the_way_do_not_end_it() -> None:
     client = ClientHandshake("disk", list_exports=True, list_contexts=True)
     assert sent(client.receive(greeting())[4:]) == [LIST]
-    assert sent(client.receive(reply(LIST, POLICY))) == [STRUCTURED]
+    assert sent(client.receive(reply(LIST, POLICY))) == [EXTENDED]
+    assert sent(client.receive(reply(EXTENDED, UNSUP))) == [STRUCTURED]
     assert sent(client.receive(reply(STRUCTURED, ACK))) == [LIST_META]
     meta = struct.pack(">I", 1) + b"base:allocation"
     refused = reply(LIST_META, META, meta) + reply(LIST_META, INVALID)
@@ -211,7 +234,7 @@ def test_refusals_on_the_way_do_not_end_it() -> None:
 
 def test_contexts_are_not_kept_if_set_fails() -> None:
     client = ClientHandshake("disk")
-    client.receive(greeting() + reply(STRUCTURED, ACK))
+    client.receive(greeting() + NO_EXTENDED + reply(STRUCTURED, ACK))
     meta = struct.pack(">I", 1) + b"base:allocation"
     client.receive(reply(SET_META, META, meta) + reply(SET_META, INVALID) + GO_OK)
     assert client.negotiated.contexts == ()
@@ -219,7 +242,7 @@ def test_contexts_are_not_kept_if_set_fails() -> None:
 
 def test_each_context_is_asked_for_once() -> None:
     once, twice = (ClientHandshake("disk", contexts=["x:y"] * times) for times in (1, 2))
-    start = greeting() + reply(STRUCTURED, ACK)
+    start = greeting() + NO_EXTENDED + reply(STRUCTURED, ACK)
     assert once.receive(start) == twice.receive(start)
 
 
@@ -227,10 +250,146 @@ def test_each_context_is_asked_for_once() -> None:
 def test_refusals_that_end_it_wherever_they_come(code: int) -> None:
     client = ClientHandshake("disk")
     client.receive(greeting())
-    assert sent(client.receive(reply(STRUCTURED, code))) == [ABORT]
+    assert sent(client.receive(reply(EXTENDED, code))) == [ABORT]
     assert client.refusal is not None
     assert client.refusal.code == code
     assert "the server" in str(client.refusal)
+
+
+# --- Extended headers ----------------------------------------------------------------------------
+
+INFO_PAYLOAD = struct.pack(">HQH", 0, 2**50, 1 | SEND_DF | PAYLOAD)
+
+
+def test_extended_headers_include_structured_replies() -> None:
+    client = ClientHandshake("disk")
+    client.receive(greeting())
+    # STRUCTURED_REPLY would now be an error (EXT_HEADER_REQD).
+    assert sent(client.receive(reply(EXTENDED, ACK))) == [SET_META]
+    meta = struct.pack(">I", 1) + b"base:allocation"
+    assert sent(client.receive(reply(SET_META, META, meta) + reply(SET_META, ACK))) == [GO]
+    client.receive(reply(GO, REP_INFO, INFO_PAYLOAD) + reply(GO, ACK))
+    agreed = client.negotiated
+    assert (agreed.extended_headers, agreed.structured_replies) == (True, True)
+    assert agreed.export.flags == 1 | SEND_DF | PAYLOAD
+
+
+@pytest.mark.parametrize("code", [UNSUP, POLICY, INVALID])
+def test_without_extended_headers_nothing_is_lost(code: int) -> None:
+    client = ClientHandshake("disk")
+    client.receive(greeting())
+    assert sent(client.receive(reply(EXTENDED, code))) == [STRUCTURED]
+    client.receive(reply(STRUCTURED, ACK) + reply(SET_META, ACK))
+    # The flag means nothing without them.
+    client.receive(reply(GO, REP_INFO, INFO_PAYLOAD) + reply(GO, ACK))
+    agreed = client.negotiated
+    assert (agreed.extended_headers, agreed.structured_replies) == (False, True)
+    assert agreed.export.flags == 1 | SEND_DF
+
+
+@pytest.mark.parametrize(
+    ("structured", "extended", "first"),
+    [(True, False, STRUCTURED), (False, True, GO), (False, False, GO)],
+)
+def test_extended_headers_are_not_asked_for(structured: bool, extended: bool, first: int) -> None:
+    client = ClientHandshake("disk", structured_replies=structured, extended_headers=extended)
+    assert sent(client.receive(greeting())[4:]) == [first]
+
+
+def test_export_name_does_not_follow_extended_headers() -> None:
+    client = ClientHandshake("disk", contexts=())
+    client.receive(greeting() + reply(EXTENDED, ACK))
+    assert sent(client.receive(reply(GO, UNSUP))) == [ABORT]
+    assert client.refusal is not None
+
+
+# --- STARTTLS ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["on", "require"])
+@pytest.mark.parametrize("offer", ["on", "require"])
+def test_tls_comes_first_and_the_rest_over_it(mode: str, offer: str) -> None:
+    server = ServerHandshake(Exports(), tls=offer)
+    client = ClientHandshake("disk", list_exports=True, list_contexts=True, tls=mode)
+    wire(client, server)
+    assert (client.tls, server.secure) == (True, True)
+    assert client.negotiated == server.negotiated._replace(export=client.negotiated.export)
+    assert client.negotiated.export.name == "disk"
+    assert client.negotiated.extended_headers
+    assert client.exports is not None
+
+
+def test_starttls_step_by_step() -> None:
+    client = ClientHandshake("disk", list_exports=True, tls="require")
+    with pytest.raises(RuntimeError):
+        client.tls_started()
+    assert sent(client.receive(greeting())[4:]) == [STARTTLS]
+    assert client.receive(reply(STARTTLS, ACK)) == b""
+    assert client.state == hc.STARTTLS
+    assert client.tls is False
+    assert sent(client.tls_started()) == [LIST]
+    assert client.state == hc.OPTIONS
+    assert client.tls is True
+    assert sent(client.receive(reply(LIST, ACK))) == [EXTENDED]
+    with pytest.raises(RuntimeError):
+        client.tls_started()
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_what_is_injected_behind_the_ack_is_not_taken_for_protocol(apart: bool) -> None:
+    client = ClientHandshake("disk", list_exports=True, tls="require")
+    client.receive(greeting())
+    injected = reply(LIST, SERVER, counted(b"evil")) + reply(LIST, ACK)
+    with pytest.raises(ProtocolError, match="plain data"):
+        if apart:
+            client.receive(reply(STARTTLS, ACK))
+            client.receive(injected[:1])
+        else:
+            client.receive(reply(STARTTLS, ACK) + injected)
+    assert client.state == hc.CLOSED
+    assert client.exports is None
+
+
+@pytest.mark.parametrize("code", [UNSUP, POLICY, INVALID])
+def test_a_server_without_tls(code: int) -> None:
+    client = ClientHandshake("disk", tls="on")
+    client.receive(greeting())
+    assert sent(client.receive(reply(STARTTLS, code))) == [EXTENDED]
+    assert client.tls is False
+    client = ClientHandshake("disk", tls="require")
+    client.receive(greeting())
+    assert sent(client.receive(reply(STARTTLS, code, b"no such thing"))) == [ABORT]
+    assert client.refusal is not None
+    assert str(client.refusal) == "the server refused TLS: no such thing"
+    assert client.refusal.code == code
+
+
+@pytest.mark.parametrize("name", ["not fixed", "oldstyle"])
+@pytest.mark.parametrize("mode", ["on", "require"])
+def test_a_server_too_old_for_tls(mode: str, name: str) -> None:
+    client = ClientHandshake("disk", tls=mode)
+    client.receive(OLDSTYLE if name == "oldstyle" else greeting(2) + struct.pack(">QH", 77, 1))
+    if mode == "on":
+        assert client.negotiated.export.name == "disk"
+    else:
+        assert client.state == hc.CLOSED
+        assert client.export is None
+        assert "no TLS" in str(client.refusal)
+
+
+def test_a_server_that_goes_away_before_tls() -> None:
+    client = ClientHandshake("disk", tls="require")
+    client.receive(greeting() + reply(STARTTLS, ACK))
+    with pytest.raises(ProtocolError, match="before TLS"):
+        client.receive_eof()
+
+
+def test_there_is_no_other_way_to_use_tls() -> None:
+    with pytest.raises(ValueError, match="'yes'"):
+        ClientHandshake("disk", tls="yes")
+
+
+# --- Ends ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -308,22 +467,24 @@ def info(*values: int, layout: str) -> bytes:
 SET_META_TWICE = b"".join(
     [
         greeting(),
+        NO_EXTENDED,
         reply(STRUCTURED, ACK),
         reply(SET_META, META, struct.pack(">I", 7) + b"base:allocation"),
         reply(SET_META, META, struct.pack(">I", 7) + b"x-test:one"),
         reply(SET_META, ACK),
     ]
 )
-BEFORE_GO = greeting() + reply(STRUCTURED, UNSUP)
+AFTER_STRUCTURED = greeting() + NO_EXTENDED + reply(STRUCTURED, ACK)
+BEFORE_GO = greeting() + NO_EXTENDED + reply(STRUCTURED, UNSUP)
 LIES = {
     "a web server": b"HTTP/1.1 400 Bad Request\r\n\r\n",
     "a line and no more": b"SSH-2.0\r\n",
     "half NBD": b"NBDMAGICIHAVEOPX\0\3",
     "bad reply magic": greeting() + bytes(20),
     "reply to another option": greeting() + reply(LIST, ACK),
-    "reply of 4 GiB": greeting() + reply(STRUCTURED, ACK)[:16] + b"\xff" * 4,
-    "ACK with data": greeting() + reply(STRUCTURED, ACK, b"x"),
-    "unknown reply": greeting() + reply(STRUCTURED, 55),
+    "reply of 4 GiB": greeting() + reply(EXTENDED, ACK)[:16] + b"\xff" * 4,
+    "ACK with data": greeting() + reply(EXTENDED, ACK, b"x"),
+    "unknown reply": greeting() + reply(EXTENDED, 55),
     "reply of another option's kind": BEFORE_GO + reply(GO, SERVER, counted(b"")),
     "GO without export info": BEFORE_GO + reply(GO, ACK),
     "info without type": BEFORE_GO + reply(GO, REP_INFO, b"\0"),
@@ -339,7 +500,7 @@ LIES = {
     "preferred below minimum": BEFORE_GO + info(3, 4096, 512, 2**20, layout=">HIII") + GO_OK,
     "maximum below minimum": BEFORE_GO + info(3, 4096, 4096, 512, layout=">HIII") + GO_OK,
     "two contexts with one ID": SET_META_TWICE,
-    "context without ID": greeting() + reply(STRUCTURED, ACK) + reply(SET_META, META, b"x"),
+    "context without ID": AFTER_STRUCTURED + reply(SET_META, META, b"x"),
     "EXPORT_NAME without HAS_FLAGS": greeting(2) + struct.pack(">QH", 5, 0),
     "oldstyle without HAS_FLAGS": OLDSTYLE[:27] + b"\0" + OLDSTYLE[28:],
 }
@@ -379,7 +540,7 @@ def test_a_long_listing_does_not_count_for_the_next_option() -> None:
     assert client.state == hc.TRANSMISSION
 
 
-@pytest.mark.parametrize("data", [b"", b"NBDMA", greeting(), greeting() + reply(STRUCTURED, ACK)])
+@pytest.mark.parametrize("data", [b"", b"NBDMA", greeting(), greeting() + reply(EXTENDED, ACK)])
 def test_a_server_that_goes_away(data: bytes) -> None:
     client = ClientHandshake("disk")
     client.receive(data)
@@ -392,17 +553,19 @@ def test_a_server_that_goes_away(data: bytes) -> None:
 
 replies = st.builds(
     reply,
-    st.sampled_from([STRUCTURED, SET_META, GO, ABORT]),
+    st.sampled_from([EXTENDED, STRUCTURED, SET_META, GO, ABORT]),
     st.sampled_from([ACK, ACK, META, REP_INFO, UNSUP, UNKNOWN, 9]),
     st.sampled_from([b"", b"", EXPORT, struct.pack(">I", 1) + b"base:allocation", b"\0\1name"]),
 )
-good = greeting() + reply(STRUCTURED, ACK) + reply(SET_META, ACK) + GO_OK + b"reply"
+good = greeting() + NO_EXTENDED + reply(STRUCTURED, ACK) + reply(SET_META, ACK) + GO_OK + b"reply"
+extended = greeting() + reply(EXTENDED, ACK) + reply(SET_META, ACK) + GO_OK + b"reply"
 streams = st.one_of(
     st.just(good),
+    st.just(extended),
     st.just(OLDSTYLE),
     st.binary(max_size=40),
     st.lists(replies, max_size=6).map(lambda items: greeting() + b"".join(items)),
-    st.builds(lambda at, byte: good[:at] + byte + good[at + 1 :], st.integers(0, 150), st.binary()),
+    st.builds(lambda at, byte: good[:at] + byte + good[at + 1 :], st.integers(0, 170), st.binary()),
 )
 
 
@@ -418,7 +581,8 @@ def outcome(data: bytes, pieces: Sequence[bytes]) -> tuple[object, ...]:
         # What was to be sent before the lie is of no interest: the connection is dropped.
         return str(caught), client.state
     refusal = client.refusal and client.refusal.message
-    return bytes(output), error, client.state, client.export, client.leftover, refusal
+    headers = client.extended_headers
+    return bytes(output), error, client.state, client.export, client.leftover, refusal, headers
 
 
 @given(data=streams, cuts=st.lists(st.integers(0, 200), max_size=20))

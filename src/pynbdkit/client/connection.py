@@ -3,6 +3,7 @@
 Theory: what a call asks for is cut into requests that the server's limits allow; each request is
 sent and its reply awaited before the next. The protocol's two machines (``ClientHandshake`` and
 ``ReplyParser``) judge what the server sends; here it only has to be carried and put together.
+With extended headers lengths have 64 bits, and what carries no payload is not cut at all.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from typing import TYPE_CHECKING, Final
+from struct import pack
+from typing import TYPE_CHECKING, Final, cast
 
 from ..protocol import constants as nbd
 from ..protocol.errors import HandshakeError, ProtocolError
-from ..protocol.handshake_client import CLOSED, TRANSMISSION, ClientHandshake
+from ..protocol.handshake_client import CLOSED, STARTTLS, TRANSMISSION, ClientHandshake
 from ..protocol.replies import ReplyParser
 from ..protocol.requests import encode_request
 from .uri import Uri, parse_uri
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from ssl import SSLSocket
     from types import TracebackType
 
     from ..protocol.negotiated import ExportInfo
@@ -32,6 +35,9 @@ MAX_TRANSFER: Final = 32 * 1024 * 1024
 
 MAX_EXTENT: Final = 2**32 - 65536
 """Bytes in one request without a payload: what 32 bits hold, aligned to any block size."""
+
+MAX_EXTENDED: Final = 2**63
+"""The same with extended headers: more than any export has."""
 
 _RECEIVE: Final = 256 * 1024
 
@@ -52,6 +58,7 @@ def connect(
     *,
     contexts: Sequence[str] = (nbd.CONTEXT_BASE_ALLOCATION,),
     structured_replies: bool = True,
+    extended_headers: bool = True,
     timeout: float | None = None,
 ) -> Client:
     """Connect to a server and open an export.
@@ -59,26 +66,62 @@ def connect(
     Arguments:
         uri: where the server is and which export to open (see ``client.uri``).
         contexts: metadata contexts to select, for `Client.block_status`.
-        structured_replies: whether to ask for them; contexts need them.
+        structured_replies: whether to ask for them; contexts and extended headers need them.
+        extended_headers: whether to ask for them, for lengths of 64 bits.
         timeout: seconds that each wait for the server may take; None for no limit.
 
     Raises:
         UriError: the URI cannot be understood.
         OSError: nobody answers there.
+        TlsError: an OSError: its files are not fit for TLS, or the server is not whom it should be.
         HandshakeError: the server refuses; the message says why.
         ProtocolError: whoever answers does not keep to the protocol.
     """
     target = parse_uri(uri) if isinstance(uri, str) else uri
     handshake = ClientHandshake(
-        target.export, structured_replies=structured_replies, contexts=contexts
+        target.export,
+        structured_replies=structured_replies,
+        extended_headers=extended_headers,
+        contexts=contexts,
+        tls="off" if target.tls is None else "require",
     )
-    sock = open_socket(target, timeout)
+    return Client(negotiate(target, handshake, timeout), handshake)
+
+
+def negotiate(uri: Uri, handshake: ClientHandshake, timeout: float | None = None) -> socket.socket:
+    """Connect to where ``uri`` points, and carry a handshake to its end.
+
+    Returns the socket, with TLS around it where the handshake agreed on it. Raises what `connect`
+    does, with the socket closed.
+    """
+    context = None
+    if uri.tls is not None:
+        from .tls import context_for
+
+        context = context_for(uri)  # First: a mistake in the files needs no server to be found.
+    sock = open_socket(uri, timeout)
     try:
-        negotiate(sock, handshake)
-        return Client(sock, handshake)
-    except BaseException:
+        while handshake.state not in (TRANSMISSION, CLOSED):
+            if handshake.state == STARTTLS:
+                from .tls import start
+
+                assert context is not None
+                sock = start(sock, context, uri)
+                sock.sendall(handshake.tls_started())
+            try:
+                data = sock.recv(_RECEIVE)
+                if data:
+                    sock.sendall(handshake.receive(data))
+            except ConnectionError:  # The server went away; whether it might, the machine knows.
+                data = b""
+            if not data:
+                handshake.receive_eof()
+        if handshake.refusal is not None:
+            raise handshake.refusal
+    except BaseException as error:
         sock.close()
-        raise
+        raise _explained(error, handshake.tls) from None
+    return sock
 
 
 def open_socket(uri: Uri, timeout: float | None = None) -> socket.socket:
@@ -97,21 +140,6 @@ def open_socket(uri: Uri, timeout: float | None = None) -> socket.socket:
     return sock
 
 
-def negotiate(sock: socket.socket, handshake: ClientHandshake) -> None:
-    """Carry a handshake to its end; raises HandshakeError if it was refused, ProtocolError."""
-    while handshake.state not in (TRANSMISSION, CLOSED):
-        try:
-            data = sock.recv(_RECEIVE)
-            if data:
-                sock.sendall(handshake.receive(data))
-        except ConnectionError:  # The server went away; whether it might, the machine knows.
-            data = b""
-        if not data:
-            handshake.receive_eof()
-    if handshake.refusal is not None:
-        raise handshake.refusal
-
-
 class Client:
     """An open export. Offsets, counts and sizes are bytes; use it as a context manager.
 
@@ -123,6 +151,8 @@ class Client:
         export: the export's name, size, transmission flags, description and block sizes.
         contexts: names of the metadata contexts that were selected.
         structured_replies: whether they are in use.
+        extended_headers: whether they are in use.
+        tls: whether the connection is encrypted.
         protocol: ``"oldstyle"``, ``"newstyle"`` or ``"newstyle-fixed"``.
     """
 
@@ -131,16 +161,19 @@ class Client:
         negotiated = handshake.negotiated
         self.export: ExportInfo = negotiated.export
         self.structured_replies = negotiated.structured_replies
+        self.extended_headers = negotiated.extended_headers
+        self.tls = handshake.tls
         self.contexts = tuple(name for _, name in negotiated.contexts)
         self.protocol = handshake.protocol
         self._context_ids = {name: number for number, name in negotiated.contexts}
         self._sock: socket.socket | None = sock
-        self._parser = ReplyParser(negotiated.structured_replies)
+        self._parser = ReplyParser(negotiated.structured_replies, negotiated.extended_headers)
         self._early = handshake.leftover
         self._cookie = 0
         maximum = self.export.block_size.maximum if self.export.block_size else 2**32 - 1
         self._transfer_limit = min(maximum, MAX_TRANSFER)
-        self._zero_limit = min(maximum, MAX_EXTENT)
+        self._maximum = maximum
+        self._extent_limit = MAX_EXTENDED if self.extended_headers else MAX_EXTENT
 
     def __enter__(self) -> Client:
         return self
@@ -198,7 +231,7 @@ class Client:
         """Give up the contents of ``count`` bytes at ``offset``."""
         self._need(nbd.FLAG_SEND_TRIM, "trim")
         flags = self._fua(fua)
-        for at, length in _pieces(offset, count, MAX_EXTENT):
+        for at, length in _pieces(offset, count, self._extent_limit):
             self._request(nbd.CMD_TRIM, at, length, flags)
 
     def zero(
@@ -222,14 +255,12 @@ class Client:
         if fast:
             self._need(nbd.FLAG_SEND_FAST_ZERO, "fast zero")
             flags |= nbd.CMD_FLAG_FAST_ZERO
-        for at, length in _pieces(offset, count, self._zero_limit):
-            self._request(nbd.CMD_WRITE_ZEROES, at, length, flags)
+        self._effect(nbd.CMD_WRITE_ZEROES, count, offset, flags)
 
     def cache(self, count: int, offset: int) -> None:
         """Tell the server that ``count`` bytes at ``offset`` will be read soon."""
         self._need(nbd.FLAG_SEND_CACHE, "cache")
-        for at, length in _pieces(offset, count, self._zero_limit):
-            self._request(nbd.CMD_CACHE, at, length)
+        self._effect(nbd.CMD_CACHE, count, offset)
 
     def block_status(
         self,
@@ -245,20 +276,42 @@ class Client:
         unless ``one``, which asks for the first extent alone. For ``base:allocation`` the flags
         are ``constants.STATE_HOLE`` and ``STATE_ZERO``.
         """
-        if context not in self._context_ids:
-            raise OSError(errno.ENOTSUP, f"metadata context {context} was not negotiated")
-        if count <= 0:
-            return []
+        return self.block_statuses(count, offset, contexts=(context,), one=one)[context]
+
+    def block_statuses(
+        self, count: int, offset: int, *, contexts: Sequence[str] | None = None, one: bool = False
+    ) -> dict[str, list[tuple[int, int]]]:
+        """Return what `block_status` does for several contexts, by name, from one request.
+
+        ``contexts`` are some of those that were selected, None for all of them. A server that
+        has extended headers is asked for these alone, if it offers that; any other looks up all.
+        """
+        wanted = tuple(self.contexts if contexts is None else dict.fromkeys(contexts))
+        for context in wanted:
+            if context not in self._context_ids:
+                raise OSError(errno.ENOTSUP, f"metadata context {context} was not negotiated")
+        if not wanted:
+            raise OSError(errno.ENOTSUP, "no metadata context was negotiated")
+        _check(offset, count)
+        if not count:
+            return {context: [] for context in wanted}
         flags = nbd.CMD_FLAG_REQ_ONE if one else 0
-        replies = self._request(nbd.CMD_BLOCK_STATUS, offset, min(count, MAX_EXTENT), flags)
-        wanted = self._context_ids[context]
-        chunks = [reply for reply in replies if reply.kind == nbd.REPLY_TYPE_BLOCK_STATUS]
-        if sorted(reply.context for reply in chunks) != sorted(self._context_ids.values()):
+        length = min(count, self._extent_limit)
+        ids = self._context_ids
+        payload = None
+        if len(wanted) < len(ids) and self.flags & nbd.FLAG_BLOCK_STATUS_PAYLOAD:
+            ids = {context: ids[context] for context in wanted}
+            payload = pack(f">Q{len(ids)}I", length, *ids.values())
+            flags |= nbd.CMD_FLAG_PAYLOAD_LEN
+        replies = self._request(nbd.CMD_BLOCK_STATUS, offset, length, flags, payload)
+        kinds = (nbd.REPLY_TYPE_BLOCK_STATUS, nbd.REPLY_TYPE_BLOCK_STATUS_EXT)
+        chunks = [reply for reply in replies if reply.kind in kinds]
+        if sorted(reply.context for reply in chunks) != sorted(ids.values()):
             raise self._broken(ProtocolError("block status is not given once for each context"))
-        extents = next(list(reply.extents) for reply in chunks if reply.context == wanted)
-        if not all(length for length, _ in extents) or (one and len(extents) != 1):
+        found = {reply.context: list(reply.extents) for reply in chunks}
+        if one and any(len(extents) != 1 or extents[0][0] > length for extents in found.values()):
             raise self._broken(ProtocolError("block status with extents that cannot be"))
-        return extents
+        return {context: found[ids[context]] for context in wanted}
 
     def close(self) -> None:
         """Say goodbye to the server and close the connection; may be called again."""
@@ -266,7 +319,14 @@ class Client:
         if sock is None:
             return
         try:
-            sock.sendall(encode_request(nbd.CMD_DISC, self._cookie + 1))
+            disconnect = encode_request(
+                nbd.CMD_DISC, self._cookie + 1, extended=self.extended_headers
+            )
+            sock.sendall(disconnect)
+            if self.tls:
+                from .tls import say_goodbye
+
+                say_goodbye(cast("SSLSocket", sock))
             sock.shutdown(socket.SHUT_WR)
         except OSError:  # It has gone already, or it is so stuck that it never will.
             pass
@@ -290,9 +350,13 @@ class Client:
         offset: int = 0,
         count: int = 0,
         flags: int = 0,
-        payload: memoryview | None = None,
+        payload: memoryview | bytes | None = None,
     ) -> list[Reply]:
-        """Send a request, return all of its replies; raises OSError if one reports an error."""
+        """Send a request, return all of its replies; raises OSError if one reports an error.
+
+        ``count`` is what the request is about; where it and a payload differ in length, as in
+        block status, the header tells the payload's.
+        """
         sock = self._sock
         if sock is None:
             raise ConnectionError("the connection is closed")
@@ -301,7 +365,11 @@ class Client:
         self._parser.expect(cookie, kind, offset, count)
         replies: list[Reply] = []
         try:
-            sock.sendall(encode_request(kind, cookie, offset, count, flags))
+            header = encode_request(
+                *(kind, cookie, offset, count if payload is None else len(payload), flags),
+                extended=self.extended_headers,
+            )
+            sock.sendall(header)
             if payload is not None:
                 sock.sendall(payload)
             data, self._early = self._early, b""
@@ -313,14 +381,30 @@ class Client:
                 if not data:
                     raise ConnectionError("the server closed the connection")
         except (OSError, ProtocolError) as error:
-            raise self._broken(error) from None
+            raise self._broken(_explained(error, self.tls)) from None
         for reply in replies:
             if reply.error:
                 number = _ERRNO.get(reply.error, errno.EIO)
                 raise OSError(number, reply.message or os.strerror(number))
         return replies
 
-    def _broken(self, error: Exception) -> Exception:
+    def _effect(self, kind: int, count: int, offset: int, flags: int = 0) -> None:
+        """Send a request whose length is not a payload's, cut where the server wants it cut.
+
+        A server may refuse more than its maximum there, too, so that without extended headers it is
+        always kept. With them, which are there for large lengths, it is kept when asked for.
+        """
+        if self.extended_headers and self._maximum < count <= MAX_EXTENDED:
+            try:
+                self._request(kind, offset, count, flags)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOVERFLOW) or self._sock is None:
+                    raise
+        for at, length in _pieces(offset, count, min(self._maximum, MAX_EXTENT)):
+            self._request(kind, at, length, flags)
+
+    def _broken(self, error: BaseException) -> BaseException:
         """Close a connection on which nothing can be trusted any more; return ``error``."""
         if self._sock is not None:
             self._sock.close()
@@ -330,10 +414,23 @@ class Client:
 
 def _pieces(offset: int, count: int, limit: int) -> Iterator[tuple[int, int]]:
     """Cut a range into offsets and lengths of at most ``limit`` bytes."""
-    if offset < 0 or count < 0:
-        raise ValueError(f"offset {offset} and count {count} must not be negative")
+    _check(offset, count)
     for start in range(0, count, limit):
         yield offset + start, min(limit, count - start)
+
+
+def _check(offset: int, count: int) -> None:
+    if offset < 0 or count < 0:
+        raise ValueError(f"offset {offset} and count {count} must not be negative")
+
+
+def _explained(error: BaseException, tls: bool) -> BaseException:
+    """Return an error of the TLS layer in words for the user, any other as it is."""
+    if not tls:
+        return error
+    from .tls import explained
+
+    return explained(error)
 
 
 def _assemble(replies: list[Reply], offset: int, count: int) -> bytes:

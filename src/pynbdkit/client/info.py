@@ -14,13 +14,14 @@ from ..protocol import constants as nbd
 from ..protocol.errors import HandshakeError
 from ..protocol.handshake_client import ClientHandshake
 from ..protocol.options import shorten
-from .connection import Client, negotiate, open_socket
+from .connection import Client, negotiate
 from .uri import Uri, parse_uri
 
 if TYPE_CHECKING:
     from ..protocol.negotiated import ExportInfo
 
 _CAN = (
+    ("can_block_status_payload", nbd.FLAG_BLOCK_STATUS_PAYLOAD),
     ("can_cache", nbd.FLAG_SEND_CACHE),
     ("can_df", nbd.FLAG_SEND_DF),
     ("can_fast_zero", nbd.FLAG_SEND_FAST_ZERO),
@@ -48,7 +49,9 @@ class ServerReport(NamedTuple):
     """
 
     protocol: str
+    tls: bool
     structured_replies: bool
+    extended_headers: bool
     listing: list[tuple[str, str]] | None
     exports: list[ExportReport]
 
@@ -56,16 +59,15 @@ class ServerReport(NamedTuple):
 def gather(uri: str | Uri, *, list_all: bool = False, timeout: float | None = None) -> ServerReport:
     """Ask a server about the export in ``uri``, or with ``list_all`` about each that it lists.
 
-    ``timeout`` is in seconds, for each wait. Raises UriError, OSError (nobody answers),
+    ``timeout`` is in seconds, for each wait. Raises UriError, OSError (nobody answers; TlsError),
     HandshakeError (the server refuses) and ProtocolError (it breaks the protocol). An export
     that is listed and gone, or refused, when it is asked about is left out.
     """
     target = parse_uri(uri) if isinstance(uri, str) else uri
     if not list_all:
         return _ask(target, timeout)
-    handshake = ClientHandshake(None, list_exports=True)
-    with open_socket(target, timeout) as sock:
-        negotiate(sock, handshake)
+    handshake = ClientHandshake(None, list_exports=True, tls=_tls(target))
+    negotiate(target, handshake, timeout).close()
     exports = []
     for name, description in handshake.exports or []:
         try:
@@ -76,40 +78,52 @@ def gather(uri: str | Uri, *, list_all: bool = False, timeout: float | None = No
             export = report.export._replace(description=description)
             report = report._replace(export=export)
         exports.append(report)
+    return _report(handshake, exports)
+
+
+def _tls(uri: Uri) -> str:
+    return "off" if uri.tls is None else "require"
+
+
+def _report(handshake: ClientHandshake, exports: list[ExportReport]) -> ServerReport:
     return ServerReport(
-        handshake.protocol, handshake.structured_replies, handshake.exports, exports
+        handshake.protocol,
+        handshake.tls,
+        handshake.structured_replies,
+        handshake.extended_headers,
+        handshake.exports,
+        exports,
     )
 
 
 def _ask(uri: Uri, timeout: float | None) -> ServerReport:
     """Ask about one export."""
     handshake = ClientHandshake(
-        uri.export, enter=False, list_exports=True, list_contexts=True, contexts=()
+        uri.export,
+        enter=False,
+        list_exports=True,
+        list_contexts=True,
+        contexts=(),
+        tls=_tls(uri),
     )
-    with open_socket(uri, timeout) as sock:
-        try:
-            negotiate(sock, handshake)
-        except HandshakeError as refusal:
-            if refusal.code != nbd.REP_ERR_UNSUP:
-                raise _with_listing(refusal, handshake.exports) from None
-        else:
-            if handshake.export is not None and handshake.protocol == "oldstyle":
-                Client(sock, handshake).close()
+    try:
+        sock = negotiate(uri, handshake, timeout)
+    except HandshakeError as refusal:
+        no_info = refusal.code == nbd.REP_ERR_UNSUP and handshake.tls == (uri.tls is not None)
+        if not no_info:
+            raise _with_listing(refusal, handshake.exports) from None
+    else:
+        if handshake.export is not None and handshake.protocol == "oldstyle":
+            Client(sock, handshake).close()
+        sock.close()
     if handshake.export is None:  # The server has no INFO.
         listing = handshake.exports
-        handshake = ClientHandshake(uri.export, list_contexts=True)
-        sock = open_socket(uri, timeout)
-        try:
-            negotiate(sock, handshake)
-            Client(sock, handshake).close()
-        finally:
-            sock.close()
+        handshake = ClientHandshake(uri.export, list_contexts=True, tls=_tls(uri))
+        Client(negotiate(uri, handshake, timeout), handshake).close()
         handshake.exports = listing
     assert handshake.export is not None
-    report = ExportReport(uri, handshake.export, handshake.available_contexts or ())
-    return ServerReport(
-        handshake.protocol, handshake.structured_replies, handshake.exports, [report]
-    )
+    export = ExportReport(uri, handshake.export, handshake.available_contexts or ())
+    return _report(handshake, [export])
 
 
 def _with_listing(refusal: HandshakeError, listing: list[tuple[str, str]] | None) -> HandshakeError:
@@ -122,13 +136,14 @@ def _with_listing(refusal: HandshakeError, listing: list[tuple[str, str]] | None
 
 
 def as_json(report: ServerReport) -> str:
-    """Return the report as JSON, with the keys of libnbd's nbdinfo."""
+    """Return the report as JSON, with the keys of libnbd's nbdinfo (1.22)."""
     import json
 
     document = {
         "protocol": report.protocol,
-        "TLS": False,
+        "TLS": report.tls,
         "structured": report.structured_replies,
+        "extended": report.extended_headers,
         "exports": [_fields(export) for export in report.exports],
         "listing": None
         if report.listing is None
@@ -138,23 +153,27 @@ def as_json(report: ServerReport) -> str:
 
 
 def as_text(report: ServerReport) -> str:
-    """Return the report as lines for people, in the form of libnbd's nbdinfo."""
+    """Return the report as lines for people, in the form of libnbd's nbdinfo (1.22)."""
     packets = "structured" if report.structured_replies else "simple"
-    lines = [f"protocol: {report.protocol} without TLS, using {packets} packets"]
+    packets = "extended" if report.extended_headers else packets
+    tls = "with" if report.tls else "without"
+    lines = [f"protocol: {report.protocol} {tls} TLS, using {packets} packets"]
     for export in report.exports:
         fields = _fields(export)
         lines.append(f'export="{_printable(export.export.name)}":')
         if "description" in fields:
             lines.append(f"\tdescription: {_printable(export.export.description)}")
-        size, human = fields["export-size"], fields["export-size-str"]
-        lines.append(f"\texport-size: {size}" + (f" ({human})" if str(size) != human else ""))
+        lines.append(f"\texport-size: {_size(export.export.size)}")
         lines.append(f"\turi: {export.uri}")
         if export.contexts:
             lines.append("\tcontexts:")
             lines += [f"\t\t{_printable(context)}" for context in export.contexts]
         for key, value in fields.items():
-            if key.startswith(("is_", "can_", "block_size_")):
+            if key.startswith(("is_", "can_")):
                 lines.append(f"\t{key}: {str(value).lower()}")
+        if export.export.block_size is not None:
+            for key, value in export.export.block_size._asdict().items():
+                lines.append(f"\tblock_size_{key}: {_size(value)}")
     shown = {export.uri.export for export in report.exports}
     shown |= {export.export.name for export in report.exports}
     others = [item for item in report.listing or [] if item[0] not in shown]
@@ -186,6 +205,12 @@ def _fields(report: ExportReport) -> dict[str, object]:
     fields["export-size"] = export.size
     fields["export-size-str"] = human_size(export.size)
     return fields
+
+
+def _size(size: int) -> str:
+    """Return a size in bytes, and for people if that is another number."""
+    human = human_size(size)
+    return f"{size}" if human == f"{size}" else f"{size} ({human})"
 
 
 def human_size(size: int) -> str:

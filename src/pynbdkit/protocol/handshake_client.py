@@ -7,24 +7,30 @@ the options to send one after the other. Each reply of the server moves the plan
     ------------  -----------------------------  --------------------------------------------
     GREETING      the server's greeting          OPTIONS; TRANSMISSION if it is oldstyle
     OPTIONS       the replies to one option      the next option of the plan
+    STARTTLS      `tls_started`                  OPTIONS: the next option of the plan, encrypted
     TRANSMISSION  nothing: handshake is over     what came after it is in `leftover`
     ABORTING      the reply to ABORT, or an end  CLOSED
     CLOSED        nothing: close the connection  `refusal` says whether the server said no
 
     option of the plan   sent if                  when the server refuses it
     -------------------  -----------------------  -------------------------------------------
+    STARTTLS             ``tls`` is not "off"     go on in the clear if ``tls`` is "on", else ABORT
     LIST                 ``list_exports``         go on (a refusal, if nothing else is wanted)
-    STRUCTURED_REPLY     ``structured_replies``   go on with simple replies
-    LIST_META_CONTEXT    ``list_contexts`` *      go on, no context is known
+    EXTENDED_HEADERS     ``extended_headers`` **  go on with the next
+    STRUCTURED_REPLY     ``structured_replies`` + go on with simple replies
+    LIST_META_CONTEXT    ``list_contexts``        go on, no context is known
     SET_META_CONTEXT     ``contexts`` *           go on without contexts
     GO                   ``enter``                EXPORT_NAME if it is unsupported, else ABORT
     INFO                 not ``enter``            ABORT
     EXPORT_NAME          GO is not supported      the server closes the connection
     ABORT                nothing is left to ask
-                         (* and structured replies were granted)
+                         (* and structured replies were granted; ** and structured replies are
+                         wanted, which extended headers include; + and the former were refused)
 
 A server that breaks the rules, with a length or a number that cannot be, is a `ProtocolError`;
 one that refuses what was wanted is a `refusal`, and the connection ends politely by ABORT.
+STARTTLS is the first option, so that nothing is learnt in the clear; bytes that come behind its ACK
+without being encrypted are a breach, never taken for something that the server said over TLS.
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ from typing import TYPE_CHECKING, Final
 
 from .constants import (
     CONTEXT_BASE_ALLOCATION,
+    FLAG_BLOCK_STATUS_PAYLOAD,
     FLAG_C_FIXED_NEWSTYLE,
     FLAG_C_NO_ZEROES,
     FLAG_FIXED_NEWSTYLE,
@@ -47,11 +54,13 @@ from .constants import (
     OLDSTYLE_MAGIC,
     OPT_ABORT,
     OPT_EXPORT_NAME,
+    OPT_EXTENDED_HEADERS,
     OPT_GO,
     OPT_INFO,
     OPT_LIST,
     OPT_LIST_META_CONTEXT,
     OPT_SET_META_CONTEXT,
+    OPT_STARTTLS,
     OPT_STRUCTURED_REPLY,
     OPTION_REPLY_MAGIC,
     REP_ACK,
@@ -94,6 +103,7 @@ __all__ = ["ClientHandshake", "ExportInfo", "HandshakeError", "Negotiated", "Pro
 
 GREETING: Final = "GREETING"
 OPTIONS: Final = "OPTIONS"
+STARTTLS: Final = "STARTTLS"
 TRANSMISSION: Final = "TRANSMISSION"
 ABORTING: Final = "ABORTING"
 CLOSED: Final = "CLOSED"
@@ -117,18 +127,23 @@ class ClientHandshake:
         enter: whether to open the export for transmission (GO); else only ask about it (INFO).
         list_exports: whether to ask for the list of exports.
         structured_replies: whether to ask for structured replies.
+        extended_headers: whether to ask for extended headers first, which include them.
         contexts: names of the metadata contexts to select.
         list_contexts: whether to ask which contexts the export has.
         infos: what to ask about the export, ``INFO_*``.
         fixed: whether to agree to fixed newstyle; if not, only EXPORT_NAME can be sent.
         no_zeroes: whether to agree to leave out the padding after EXPORT_NAME's answer.
+        tls: ``"off"``; ``"on"`` to use TLS if the server has it (whoever sits between the two
+            can make it seem that it has not); ``"require"`` to go no further without it.
 
     Raises ValueError for a name that the protocol cannot carry.
 
     Attributes (complete when the state is TRANSMISSION or CLOSED):
-        state: GREETING, OPTIONS, TRANSMISSION, ABORTING or CLOSED.
+        state: GREETING, OPTIONS, STARTTLS, TRANSMISSION, ABORTING or CLOSED.
         protocol: ``"oldstyle"``, ``"newstyle"`` or ``"newstyle-fixed"``; ``""`` before GREETING.
+        tls: whether the connection is encrypted.
         structured_replies: whether they were granted.
+        extended_headers: whether they were granted.
         exports: name and description of each export, or None if the server gave no list.
         available_contexts: names of the contexts that the export has, or None if not told.
         contexts: ID and name of each selected context.
@@ -143,15 +158,21 @@ class ClientHandshake:
         enter: bool = True,
         list_exports: bool = False,
         structured_replies: bool = True,
+        extended_headers: bool = True,
         contexts: Sequence[str] = (CONTEXT_BASE_ALLOCATION,),
         list_contexts: bool = False,
         infos: Sequence[int] = (INFO_NAME, INFO_DESCRIPTION, INFO_BLOCK_SIZE),
         fixed: bool = True,
         no_zeroes: bool = True,
+        tls: str = "off",
     ) -> None:
+        if tls not in ("off", "on", "require"):
+            raise ValueError(f"tls is off, on or require, not {tls!r}")
         self.state = GREETING
         self.protocol = ""
+        self.tls = False
         self.structured_replies = False
+        self.extended_headers = False
         self.exports: list[tuple[str, str]] | None = None
         self.available_contexts: tuple[str, ...] | None = None
         self.contexts: tuple[tuple[int, str], ...] = ()
@@ -161,10 +182,15 @@ class ClientHandshake:
         self._accept_flags = fixed * FLAG_C_FIXED_NEWSTYLE | no_zeroes * FLAG_C_NO_ZEROES
         self._client_flags = 0
         self._name = export
+        self._tls = tls
         self._plan: list[tuple[int, bytes]] = []
+        if tls != "off":
+            self._plan.append((OPT_STARTTLS, b""))
         if list_exports:
             self._plan.append((OPT_LIST, b""))
         if structured_replies:
+            if extended_headers:
+                self._plan.append((OPT_EXTENDED_HEADERS, b""))
             self._plan.append((OPT_STRUCTURED_REPLY, b""))
         if export is not None:
             if list_contexts:
@@ -193,6 +219,7 @@ class ClientHandshake:
             structured_replies=self.structured_replies,
             no_zeroes=bool(self._client_flags & FLAG_C_NO_ZEROES),
             contexts=self.contexts,
+            extended_headers=self.extended_headers,
         )
 
     @property
@@ -221,6 +248,18 @@ class ClientHandshake:
             raise
         return bytes(output)
 
+    def tls_started(self) -> bytes:
+        """Take note that TLS is up, and return the bytes to send over it first.
+
+        What comes over TLS is handed to `receive` as before. Raises RuntimeError unless the state
+        is STARTTLS.
+        """
+        if self.state != STARTTLS:
+            raise RuntimeError(f"the server has not agreed to TLS, the state is {self.state}")
+        self.tls = True
+        self.state = OPTIONS
+        return self._send_next()
+
     def receive_eof(self) -> None:
         """Take note that the server closed the connection.
 
@@ -233,6 +272,8 @@ class ClientHandshake:
         self._close()
         if state == GREETING:
             raise ProtocolError("the server closed the connection without a greeting")
+        if state == STARTTLS:
+            raise ProtocolError("the server closed the connection before TLS began")
         if state == OPTIONS and self.refusal is None:
             name = name_of("OPT_", self._option)
             raise ProtocolError(f"the server closed the connection instead of answering {name}")
@@ -243,6 +284,8 @@ class ClientHandshake:
         """Do one step and return what to send, or return None if nothing can be done yet."""
         if self.state == GREETING:
             return self._on_greeting()
+        if self.state == STARTTLS and self._input:
+            raise ProtocolError("the server sent plain data after it had agreed to TLS")
         if self.state not in (OPTIONS, ABORTING):
             return None
         if self._option == OPT_EXPORT_NAME:
@@ -278,8 +321,11 @@ class ClientHandshake:
         self._replies = 0
         while self._plan:
             self._option, payload = self._plan.pop(0)
-            needs_structured = self._option in (OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT)
-            if self.structured_replies or not needs_structured:
+            if self._option == OPT_SET_META_CONTEXT:
+                wanted = self.structured_replies
+            else:  # Structured replies that came with extended headers are not asked for again.
+                wanted = self._option != OPT_STRUCTURED_REPLY or not self.extended_headers
+            if wanted:
                 return encode_option(self._option, payload)
         self.state = ABORTING
         self._option = OPT_ABORT
@@ -313,6 +359,9 @@ class ClientHandshake:
             self.protocol = "newstyle-fixed"
             return answer + self._send_next()
         self.protocol = "newstyle"
+        if self._tls == "require":
+            message = "the server has no TLS: it speaks no fixed newstyle"
+            return answer + self._refuse(HandshakeError(REP_ERR_UNSUP, message))
         wanted = self._plan[-1][0] if self._plan else None
         if wanted != OPT_GO:
             message = "the server has neither LIST nor INFO: it speaks no fixed newstyle"
@@ -324,6 +373,9 @@ class ClientHandshake:
             return None
         data = self._take(_OLDSTYLE_LENGTH)
         self.protocol = "oldstyle"
+        if self._tls == "require":
+            message = "the server has no TLS: it speaks oldstyle"
+            return self._refuse(HandshakeError(REP_ERR_UNSUP, message))
         if self._name is None:
             message = "the server cannot list exports: it speaks oldstyle"
             return self._refuse(HandshakeError(REP_ERR_UNSUP, message))
@@ -363,7 +415,10 @@ class ClientHandshake:
             return self._refuse(HandshakeError(error.code, "the server requires TLS"))
         if error.code == REP_ERR_SHUTDOWN:
             return self._refuse(HandshakeError(error.code, "the server is shutting down"))
-        if self._option == OPT_GO and error.code == REP_ERR_UNSUP:
+        if self._option == OPT_STARTTLS and self._tls == "require":
+            reason = error.message or name_of("REP_", error.code)
+            return self._refuse(HandshakeError(error.code, f"the server refused TLS: {reason}"))
+        if self._option == OPT_GO and error.code == REP_ERR_UNSUP and not self.extended_headers:
             return self._send_export_name()
         self._found_contexts = []  # "The client MUST disregard any context replies."
         if self._option == OPT_ABORT:
@@ -380,10 +435,14 @@ class ClientHandshake:
         if self._option == OPT_ABORT:
             self._close()
             return b""
+        if self._option == OPT_STARTTLS:
+            self.state = STARTTLS
+            return b""
         if self._option == OPT_LIST:
             self.exports = self._servers
-        elif self._option == OPT_STRUCTURED_REPLY:
+        elif self._option in (OPT_STRUCTURED_REPLY, OPT_EXTENDED_HEADERS):
             self.structured_replies = True
+            self.extended_headers = self._option == OPT_EXTENDED_HEADERS
         elif self._option == OPT_LIST_META_CONTEXT:
             self.available_contexts = tuple(context for _, context in self._found_contexts)
         elif self._option == OPT_SET_META_CONTEXT:
@@ -405,6 +464,8 @@ class ClientHandshake:
             raise ProtocolError(f"transmission flags 0x{flags:x} lack NBD_FLAG_HAS_FLAGS")
         if not self.structured_replies:
             flags &= ~FLAG_SEND_DF  # It would mean nothing.
+        if not self.extended_headers:
+            flags &= ~FLAG_BLOCK_STATUS_PAYLOAD
         name, description = self._name or "", ""
         block_size: BlockSize | None = None
         if INFO_NAME in self._infos:
