@@ -16,6 +16,7 @@ import support
 from pynbdkit.errors import ConfigError, LoadError
 from pynbdkit.flags import ThreadModel
 from pynbdkit.loader import load_plugin
+from pynbdkit.plugin import Plugin
 from pynbdkit.plugins.python import Python
 
 EXAMPLES = support.ROOT / "examples"
@@ -260,3 +261,12 @@ def test_help() -> None:
     done = support.pynbdkit("python", "--help")
     assert done.returncode == 0
     assert "script=<FILE>" in done.stdout
+
+
+def test_every_step_reaches_the_plugin_in_the_file() -> None:
+    """A question that this plugin answered by itself, may_open above all, would be answered wrong.
+
+    `load` is called when the file is known.
+    """
+    steps = {name for name, step in vars(Plugin).items() if callable(step) and name[0] != "_"}
+    assert steps - set(vars(Python)) == {"load"}
