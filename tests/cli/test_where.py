@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,20 +15,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from command import can_bind
+from command import COMMAND, can_bind
 from pynbdkit.cli.background import Identity
 from pynbdkit.cli.options import parse
-from pynbdkit.cli.where import Where, _host, percent, private_folder
+from pynbdkit.cli.where import Where, _host, percent, private_folder, unix_mode
 from pynbdkit.errors import ConfigError
-from support import pynbdkit
+from support import program, pynbdkit
 
 NOBODY_NEW = Identity(None, None)
 ANY_BYTES = st.binary(max_size=30).map(lambda data: os.fsdecode(data.replace(b"\0", b"x")))
 
 
 @contextmanager
-def listening(*words: str, activated: tuple[socket.socket, ...] = ()) -> Iterator[Where]:
-    where = Where(parse([*words, "memory"]), activated)
+def listening(
+    *words: str, activated: tuple[socket.socket, ...] = (), tls: str = "off"
+) -> Iterator[Where]:
+    where = Where(parse([*words, "memory"]), activated, tls)
     sockets = where.listen(NOBODY_NEW)
     try:
         where.addresses = [sock.getsockname() for sock in sockets]  # type: ignore[attr-defined]
@@ -150,6 +153,84 @@ def test_an_abstract_socket_has_no_uri() -> None:
             assert where.uri("") == ""
             assert where.variables("x")["uri"] == ""
             assert where.variables("x")["unixsocket"] == ""
+
+
+# -- TLS, vsock and modes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tls", "words", "query", "number"),
+    [
+        ("off", "", "", None),
+        ("on", "--tls-certificates=/c", "", "1"),
+        ("require", "", "", "2"),
+        ("require", "--tls-certificates=/c", "tls-certificates=/c", "2"),
+        ("require", "--tls-psk=/k", "tls-psk-file=/k", "2"),
+        ("require", "--tls-psk=/k --tls-certificates=/c", "tls-psk-file=/k", "2"),
+    ],
+)
+def test_uris_with_tls_are_as_nbdkits(
+    tls: str, words: str, query: str, number: str | None, sockdir: Path
+) -> None:
+    """Of 1.42, which says where the client finds certificates; with --tls=on they are without."""
+    secure = "s" if tls == "require" else ""
+    with listening("-U", str(sockdir / "s"), *words.split(), tls=tls) as where:
+        more = f"&{query}" if query else ""
+        assert where.uri("e") == f"nbd{secure}+unix:///e?socket={sockdir}/s{more}"
+    with listening("-4", "-p", "0", *words.split(), tls=tls) as where:
+        more = f"?{query}" if query else ""
+        assert where.uri("") == f"nbd{secure}://localhost:{where.port}{more}"
+        assert where.uri("e") == f"nbd{secure}://localhost:{where.port}/e{more}"
+        assert where.variables("")["tls"] == number
+
+
+def test_files_of_tls_are_named_from_the_root(sockdir: Path) -> None:
+    """Whoever uses them may be in another folder."""
+    words = ["-U", "-", "--tls-certificates", "a b", "--tls-psk", "k"]
+    with listening(*words, tls="require") as where:
+        variables = where.variables("")
+        assert variables["tls_certificates"] == os.path.abspath("a b")
+        assert variables["tls_psk"] == os.path.abspath("k")
+        assert where.uri("").endswith(f"&tls-psk-file={percent(os.path.abspath('k'), b'/')}")
+    with listening("-U", "-") as where:
+        assert where.variables("")["tls_certificates"] == where.variables("")["tls_psk"] == ""
+
+
+def test_vsock() -> None:
+    with listening("--vsock", "-p", "0", "-i", "192.0.2.1") as where:
+        ((_, port),) = where.addresses  # type: ignore[attr-defined]
+        assert where.uri("") == f"nbd+vsock://1:{port}"
+        assert where.uri("a/b") == f"nbd+vsock://1:{port}/a%2Fb"
+        assert where.variables("")["port"] == str(port)
+    with listening("--vsock", "-p", str(port), tls="require") as where:
+        assert where.uri("") == f"nbds+vsock://1:{port}"
+
+
+@pytest.mark.parametrize(("text", "mode"), [("600", 0o600), ("0660", 0o660), ("0", 0)])
+@pytest.mark.parametrize("path", ["s", "-"])
+def test_unix_mode(text: str, mode: int, path: str, sockdir: Path) -> None:
+    name = path if path == "-" else str(sockdir / path)
+    with listening("-U", name, "--unix-mode", text) as where:
+        assert where.path is not None
+        assert stat.S_IMODE(os.stat(where.path).st_mode) == mode
+
+
+@pytest.mark.parametrize("text", ["", "8", "-1", "0o600", "u+rw", "1777", "07777", " 600", "٣"])
+def test_modes_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--unix-mode .*: expecting octal digits, 0 to 777"):
+        unix_mode(text)
+
+
+@pytest.mark.parametrize("umask", ["000", "022", "077"])
+def test_a_unix_sockets_mode_is_nbdkits_whatever_the_umask(umask: str, sockdir: Path) -> None:
+    modes = []
+    for number, command in enumerate(([program("nbdkit")], COMMAND)):
+        path = sockdir / str(number)
+        words = ["-U", str(path), "memory", "1M", "--run", "true"]
+        shell = f'umask {umask}; exec "$@"'
+        subprocess.run(["sh", "-c", shell, "sh", *command, *words], timeout=30, check=True)
+        modes.append(stat.S_IMODE(path.stat().st_mode))
+    assert modes == [0o755, 0o755]
 
 
 # -- $TMPDIR ---------------------------------------------------------------------------------------

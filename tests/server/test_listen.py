@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from command import COMMAND, can_bind
+from command import COMMAND, can_bind, running
 from pynbdkit.errors import ConfigError
 from pynbdkit.server import listen
-from pynbdkit.server.listen import listen_tcp, listen_unix
-from support import pynbdkit
+from pynbdkit.server.listen import listen_tcp, listen_unix, listen_vsock, tune
+from support import need_root, pynbdkit
 
 Connect = Callable[..., Any]
 
@@ -54,7 +55,97 @@ def test_unix_mistakes_name_the_path(path: str) -> None:
         listen_unix(path)
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o660, 0o666, 0o777, 0o755, 0o000])
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_a_unix_sockets_mode_is_what_was_asked_for(mode: int, umask: int, sockdir: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with listen_unix(str(sockdir / "s"), mode):
+            assert stat.S_IMODE((sockdir / "s").stat().st_mode) == mode
+        assert os.umask(umask) == umask  # it is as it was
+        with listen_unix(str(sockdir / "plain")):
+            assert stat.S_IMODE((sockdir / "plain").stat().st_mode) == 0o777 & ~umask
+        with pytest.raises(ConfigError):
+            listen_unix(str(sockdir / "s"), mode)
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+
+
+def test_a_unix_sockets_mode_is_there_from_the_first_moment(
+    sockdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no moment in which somebody else finds it more open."""
+    seen: list[int] = []
+    path = sockdir / "s"
+
+    class Watched(socket.socket):
+        def bind(self, address: Any) -> None:
+            super().bind(address)
+            seen.append(stat.S_IMODE(path.stat().st_mode))
+
+    monkeypatch.setattr(socket, "socket", Watched)
+    with listen_unix(str(path), 0o600):
+        assert seen == [0o600]
+
+
+def test_who_may_connect_is_who_may_write_to_the_socket(sockdir: Path) -> None:
+    need_root("becoming another user")
+    sockdir.chmod(0o755)
+    for mode, group, welcome in ((0o600, 0, False), (0o660, 65534, True), (0o666, 0, True)):
+        path = sockdir / f"{mode:o}"
+        with listen_unix(str(path), mode):
+            os.chown(path, 0, group)
+            code = f"import socket; socket.socket(socket.AF_UNIX).connect({str(path)!r})"
+            words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+            # An isolated python3 of the system's: ours may lie where only root can read.
+            done = subprocess.run(
+                [*words, "/usr/bin/python3", "-I", "-c", code], capture_output=True, text=True
+            )
+            assert (done.returncode == 0) == welcome, done.stderr
+            assert ("PermissionError" in done.stderr) != welcome
+
+
 # -- TCP -------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_has_gone_is_found_out_in_minutes() -> None:
+    """Not after the system's two hours of silence, and a quarter of an hour of sending again."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        accepted = server.accept()[0]
+        with client, accepted:
+            tune(accepted)
+
+            def option(name: int) -> int:
+                return accepted.getsockopt(socket.IPPROTO_TCP, name)
+
+            assert option(socket.TCP_NODELAY)
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            idle, every = option(socket.TCP_KEEPIDLE), option(socket.TCP_KEEPINTVL)
+            assert (idle, every, option(socket.TCP_KEEPCNT)) == (60, 15, 8)
+            assert option(socket.TCP_USER_TIMEOUT) == 180_000 == 1000 * (idle + 8 * every)
+
+
+def test_only_tcp_is_tuned() -> None:
+    first, second = socket.socketpair()
+    with first, second:
+        tune(first)
+
+
+def test_ipv6_is_listened_on_for_itself() -> None:
+    """Not for IPv4 as well, whatever the system's setting: that has its own socket."""
+    if not can_bind("::1"):
+        with pytest.raises(ConfigError, match=r"cannot listen on \[::1\]"):
+            listen_tcp(["::1"], 0)
+        return
+    sockets = listen_tcp(["::1", "127.0.0.1"], 0)
+    assert [s.family for s in sockets] == [socket.AF_INET6, socket.AF_INET]
+    assert sockets[0].getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+    for sock in sockets:
+        with socket.create_connection(sock.getsockname()[:2], timeout=30):
+            sock.accept()[0].close()
+    close(sockets)
 
 
 def test_a_free_port_is_the_same_for_all_addresses() -> None:
@@ -186,6 +277,85 @@ def test_another_server_can_follow_at_once() -> None:
         accepted.close()  # the server closes first: TIME_WAIT is its own
         assert client.recv(1) == b""
     close(listen_tcp(["127.0.0.1"], port))
+
+
+# -- vsock -----------------------------------------------------------------------------------------
+
+
+def has_vsock() -> bool:
+    """Whether this kernel has the sockets; not whether anybody can be reached by them."""
+    try:
+        socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_vsock() -> None:
+    if not has_vsock():
+        with pytest.raises(ConfigError, match=r"^--vsock: this kernel has no vsock sockets: "):
+            listen_vsock(0)
+        return
+    with listen_vsock(0) as sock:
+        cid, port = sock.getsockname()
+        assert cid == socket.VMADDR_CID_ANY
+        assert port not in (0, socket.VMADDR_PORT_ANY)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        with pytest.raises(ConfigError, match=f"^cannot listen on vsock port {port}: Address alr"):
+            listen_vsock(port)
+    with listen_vsock(str(port)) as sock:
+        assert sock.getsockname() == (socket.VMADDR_CID_ANY, port)
+
+
+@pytest.mark.parametrize("port", ["", "x", "-1", str(2**32 - 1), "nbd", "1.5"])
+def test_vsock_ports_that_are_none(port: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        listen_vsock(port)
+    assert repr(port) in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.EAFNOSUPPORT, errno.EACCES])
+def test_a_kernel_without_vsock(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> socket.socket:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    with pytest.raises(ConfigError, match=f"no vsock sockets: {os.strerror(number)} "):
+        listen_vsock()
+    monkeypatch.delattr(socket, "AF_VSOCK")
+    with pytest.raises(ConfigError, match="this system has no vsock sockets"):
+        listen_vsock()
+
+
+def test_a_client_over_vsock(connect: Connect) -> None:
+    """All the way where the machine can reach itself (the kernel's vsock_loopback)."""
+    if not has_vsock():
+        done = pynbdkit("--vsock", "-p", "0", "memory", "1M", "--run", "true")
+        assert done.returncode == 1
+        assert "no vsock sockets" in done.stderr
+        return
+    words = ["-f", "--vsock", "-p", "0", "--print-uri", "memory", "1M"]
+    with running(*words, stdout=-1) as process:
+        assert process.stdout is not None
+        uri = process.stdout.readline().decode().strip()
+        assert uri.startswith("nbd+vsock://1:")
+        port = int(uri.rpartition(":")[2])
+        with pytest.raises(ConfigError, match="Address already in use"):
+            listen_vsock(port)  # it is there, whoever can reach it
+        with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1)
+            try:
+                probe.connect((1, port))
+                reached = True
+            except OSError:
+                reached = False  # there is no loopback in this kernel
+        if reached:
+            handle = connect(uri)
+            handle.pwrite(b"v" * 512, 0)
+            assert handle.pread(512, 0) == b"v" * 512
+            handle.shutdown()
+        process.terminate()
+        assert process.wait(30) == 0
 
 
 # -- socket activation -----------------------------------------------------------------------------

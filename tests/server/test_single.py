@@ -281,9 +281,9 @@ def test_pipes_wait_for_a_reader(
     waits = threading.Event()
     wait = pair._write.wait
 
-    def noted() -> None:
+    def noted(seconds: float | None) -> None:
         waits.set()
-        wait()
+        wait(seconds)
 
     monkeypatch.setattr(pair._write, "wait", noted)
     data = bytes(1 << 20)
@@ -294,6 +294,32 @@ def test_pipes_wait_for_a_reader(
         got += len(os.read(drain, 1 << 16))
     thread.join()
     assert results == [len(data)]
+
+
+def test_pipes_have_a_timeout_as_sockets_have(pipes: tuple[Pipes, int, int]) -> None:
+    """The handshake's limit is set on whatever the client is behind."""
+    pair, feed, drain = pipes
+    ours, _theirs = socket.socketpair()
+    both: list[Any] = [pair, ours]
+    with ours, _theirs:
+        for each in both:
+            assert each.gettimeout() is None
+            for seconds, failure in ((0.02, TimeoutError), (0, BlockingIOError)):
+                each.settimeout(seconds)
+                assert each.gettimeout() == seconds
+                with pytest.raises(failure):
+                    each.recv_into(bytearray(1))
+                with pytest.raises(failure):
+                    sum(iter_send(each, bytes(1 << 22)))
+            with pytest.raises(ValueError, match="out of range"):
+                each.settimeout(-1)
+        os.write(feed, b"here")
+        pair.settimeout(20)
+        buffer = bytearray(10)
+        assert pair.recv_into(buffer) == 4
+        pair.settimeout(None)
+        os.read(drain, 1 << 22)
+        assert pair.sendmsg([b"x"]) == 1
 
 
 def iter_send(pair: Pipes, data: bytes) -> Iterator[int]:

@@ -36,7 +36,9 @@ KEEPALIVE_COUNT: Final = 8
 minutes (a switch that starts anew) without a connection lost."""
 USER_TIMEOUT: Final = KEEPALIVE_IDLE + KEEPALIVE_COUNT * KEEPALIVE_INTERVAL
 """Seconds that what we have sent may be left unacknowledged. The kernel sends it again and again
-then, and does not ask: without this, for a quarter of an hour. As long as with the questions."""
+then, and does not ask: without this, for a quarter of an hour. As long as with the questions. A
+client that is there and takes nothing (its window is closed) counts for the kernel as one that has
+gone, and is ended, too."""
 
 
 def tune(sock: socket.socket) -> None:
