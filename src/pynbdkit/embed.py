@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .filter import Filter
     from .server.server import Server
     from .session import Session
+    from .tls import Credentials
 
 
 def load_plugin(name: str, **config: object) -> Plugin:
@@ -84,6 +85,7 @@ class RunningServer:
 
     def __init__(self, server: Server, socket: str | None, address: tuple[str, int] | None) -> None:
         self._server = server
+        self._scheme = "nbds" if server.tls == "require" else "nbd"
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.socket = socket
         self.port = address[1] if address else None
@@ -99,14 +101,22 @@ class RunningServer:
         from urllib.parse import quote
 
         if self.socket is not None:
-            return f"nbd+unix:///{quote(name, safe='')}?socket={quote(self.socket)}"
+            return f"{self._scheme}+unix:///{quote(name, safe='')}?socket={quote(self.socket)}"
         host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"nbd://{host}:{self.port}/{quote(name, safe='')}"
+        return f"{self._scheme}://{host}:{self.port}/{quote(name, safe='')}"
 
     @property
     def connections(self) -> int:
         """How many clients are connected."""
         return self._server.connections
+
+    def reload_tls(self) -> bool:
+        """Read certificates or keys again, for new connections (as SIGHUP does).
+
+        Returns False, after a line in the log, where they are wrong: the old ones stay in use.
+        """
+        credentials = self._server.credentials
+        return credentials is not None and credentials.reload()
 
     def stop(self) -> None:
         """Finish running requests, close devices, and end; safe to call twice."""
@@ -129,6 +139,27 @@ class RunningServer:
         self.stop()
 
 
+def _credentials(
+    tls: str,
+    certificates: str | os.PathLike[str] | None,
+    psk: str | os.PathLike[str] | None,
+    verify_peer: bool,
+) -> Credentials | None:
+    if tls not in ("off", "on", "require"):
+        raise ConfigError(f"serve: tls is {tls!r}, not 'off', 'on' or 'require'")
+    if tls == "off":
+        if certificates is not None or psk is not None or verify_peer:
+            raise ConfigError("serve: certificates or keys, but no tls: say tls='require'")
+        return None
+    from .tls import Credentials
+
+    return Credentials(
+        os.path.abspath(certificates) if certificates is not None else None,
+        os.path.abspath(psk) if psk is not None else None,
+        verify_peer,
+    )
+
+
 def serve(
     source: Plugin | Device | Callable[[], Device],
     *,
@@ -138,7 +169,15 @@ def serve(
     readonly: bool = False,
     threads: int = 16,
     structured_replies: bool = True,
+    meta_contexts: bool = True,
+    extended_headers: bool = True,
     handshake_mask: int = 3,
+    oldstyle: bool = False,
+    handshake_timeout: float = 0,
+    tls: str = "off",
+    tls_certificates: str | os.PathLike[str] | None = None,
+    tls_psk: str | os.PathLike[str] | None = None,
+    tls_verify_peer: bool = False,
     parameters: dict[str, str] | None = None,
 ) -> RunningServer:
     """Serve a disk from this process, in threads; returns when clients can connect.
@@ -151,7 +190,14 @@ def serve(
         tcp: (address, port) to listen on instead; port 0 takes a free one.
         readonly: as -r.
         threads: most requests at a time per connection, where calls may wait.
-        structured_replies, handshake_mask: as --no-sr and --mask-handshake.
+        structured_replies, meta_contexts, extended_headers, handshake_mask, oldstyle: as --no-sr,
+            --no-mc, --no-eh, --mask-handshake and -o, to test clients with.
+        handshake_timeout: seconds that a client has for its handshake; 0: as long as it likes.
+        tls: "off"; "on" (clients may ask for encryption); "require" (they have to).
+        tls_certificates: the folder of ca-cert.pem, server-cert.pem, server-key.pem and ca-crl.pem
+            (None: the default folders of nbdkit-tls(1)).
+        tls_psk: a file of pre-shared keys, in place of certificates (Python 3.13 and newer).
+        tls_verify_peer: refuse clients without a certificate that the CA has signed.
         parameters: key=value for filters given by name, and for the plugin.
 
     Raises ConfigError or LoadError, and whatever the plugin's get_ready raises.
@@ -161,6 +207,9 @@ def serve(
 
     if unix is not None and tcp is not None:
         raise ConfigError("serve: unix and tcp exclude each other")
+    credentials = _credentials(tls, tls_certificates, tls_psk, tls_verify_peer)
+    if credentials is not None and oldstyle:
+        raise ConfigError("serve: oldstyle and tls exclude each other: the oldstyle has no TLS")
     plugin = source if isinstance(source, Plugin) else _Devices(source)
     chain = Chain(plugin, [load_filter(f) if isinstance(f, str) else f for f in filters])
     chain.load()
@@ -189,7 +238,13 @@ def serve(
         readonly=readonly,
         threads=threads,
         structured_replies=structured_replies,
+        meta_contexts=meta_contexts,
+        extended_headers=extended_headers,
         handshake_mask=handshake_mask,
+        oldstyle=oldstyle,
+        handshake_timeout=handshake_timeout,
+        tls=tls,
+        credentials=credentials,
     )
     running = RunningServer(server, path, address)
     running._folder = folder

@@ -106,15 +106,13 @@ def peer_gid() -> int:
 
 
 def peer_tls_dn() -> str:
-    """The name in the client's certificate; "" where it has shown none."""
-    _connection()
-    return ""  # there is no TLS yet
+    """The name in the client's certificate (RFC 4514); "" where none was verified."""
+    return _connection().peer_tls_dn
 
 
 def peer_tls_issuer_dn() -> str:
-    """The name of who signed the client's certificate; "" where it has shown none."""
-    _connection()
-    return ""
+    """The name of who signed the client's certificate; "" where none was verified."""
+    return _connection().peer_tls_issuer_dn
 
 
 def shutdown() -> None:

@@ -15,6 +15,8 @@ from .. import log
 from ..errors import OpenError, PynbdkitError
 from ..flags import CacheMode, Fua, ThreadModel, ZeroMode
 from ..protocol.constants import (
+    CONTEXT_BASE,
+    CONTEXT_BASE_ALLOCATION,
     FLAG_CAN_MULTI_CONN,
     FLAG_HAS_FLAGS,
     FLAG_READ_ONLY,
@@ -29,20 +31,23 @@ from ..protocol.constants import (
     REP_ERR_UNKNOWN,
 )
 from ..protocol.errors import HandshakeError
-from ..protocol.handshake_server import CLOSED, TRANSMISSION, ExportSource, ServerHandshake
+from ..protocol.handshake_server import ExportSource
 from ..protocol.negotiated import ExportInfo
 from ..protocol.options import BlockSize
 from ..session import Session, set_current
+from .negotiation import Negotiation
 from .transmission import Transmission
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
-    from typing import Any
+    from typing import Any, TypeVar
 
     from ..complete import Layer
     from .server import Server
+
+    _Answer = TypeVar("_Answer")
 
 SLEEP_SLICE = 0.2
 """Seconds between looks, in a plugin's sleep, whether the client is still there."""
@@ -61,18 +66,31 @@ class Exports(ExportSource):
         """For LIST. Raises HandshakeError."""
         try:
             with self._server.control_lock:
-                return self._server.chain.list_exports(self._session.readonly, self._session.is_tls)
+                session = self._session
+                return self._server.chain.list_exports(session.readonly, session.is_tls, session)
         except BaseException as failure:  # a script may even call sys.exit()
             log.exception("list_exports", failure)
             raise HandshakeError(REP_ERR_UNKNOWN, "the exports cannot be listed") from None
 
     def open(self, name: str) -> ExportInfo:
         """For INFO, GO and EXPORT_NAME; the layer stays open. Raises HandshakeError."""
+        return self._guard(name, self._info)
+
+    def contexts(self, name: str, queries: Sequence[str]) -> Sequence[str]:
+        """For LIST_META_CONTEXT and SET_META_CONTEXT. Raises HandshakeError.
+
+        The export is opened only where others than the specification's context may be meant: it
+        is the device that knows them.
+        """
+        if queries and all(query.startswith(CONTEXT_BASE) for query in queries):
+            return (CONTEXT_BASE_ALLOCATION,)
+        return self._guard(name, lambda layer: (CONTEXT_BASE_ALLOCATION, *layer.contexts()))
+
+    def _guard(self, name: str, ask: Callable[[Layer], _Answer]) -> _Answer:
+        """Open an export and ask something about it. Raises HandshakeError, whatever happens."""
         try:
             with self._server.control_lock:
-                return self._open(name)
-        except HandshakeError:
-            raise
+                return ask(self._open(name))
         except BaseException as failure:
             log.exception(f"open {name!r}", failure)
             self.close()
@@ -81,22 +99,23 @@ class Exports(ExportSource):
             text = log.describe(failure) if known else "the export cannot be opened"
             raise HandshakeError(code, text) from None
 
-    def _open(self, name: str) -> ExportInfo:
+    def _open(self, name: str) -> Layer:
         chain, session = self._server.chain, self._session
         if self.layer is None or self._name != name:
             self._close()
             self._name = name
             session.export_name = name or chain.default_export(session.readonly, session.is_tls)
             self.layer = chain.open(session)
-        layer = self.layer
+        return self.layer
+
+    def _info(self, layer: Layer) -> ExportInfo:
         size = layer.get_size()
         block_size = layer.block_size()
         description = layer.export_description() or ""
-        flags = transmission_flags(layer)
         return ExportInfo(
-            session.export_name,
+            self._session.export_name,
             size,
-            flags,
+            transmission_flags(layer),
             description,
             BlockSize(*block_size) if any(block_size) else None,
         )
@@ -148,6 +167,7 @@ class Connection:
         self._server = server
         self._sock = sock
         self._number = number
+        self._negotiation: Negotiation | None = None
         self._transmission: Transmission | None = None
         self._ending = False
         self._goodbye = False
@@ -182,6 +202,8 @@ class Connection:
         if self._transmission is not None:
             self._transmission.stop()
         else:
+            if self._negotiation is not None:
+                self._negotiation.begin_shutdown()
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RD)
 
@@ -216,53 +238,32 @@ class Connection:
             return
         exports = Exports(server, self.session)
         try:
-            handshake = self._handshake(exports)
-            if handshake is None:
-                return
-            assert exports.layer is not None
-            self._transmit(exports.layer, handshake)
+            if self._negotiate(exports) and exports.layer is not None:
+                self._transmit(exports.layer)
         finally:
             exports.close()
 
-    def _handshake(self, exports: Exports) -> ServerHandshake | None:
-        server = self._server
-        handshake = ServerHandshake(
-            exports,
-            structured_replies=server.structured_replies,
-            fixed=bool(server.handshake_mask & 1),
-            no_zeroes=bool(server.handshake_mask & 2),
-        )
-        sock = self._sock
+    def _negotiate(self, exports: Exports) -> bool:
+        negotiation = Negotiation(self._server, self._sock, self.session, exports)
+        self._negotiation = negotiation
+        if self._ending:
+            negotiation.begin_shutdown()
         try:
-            _send_all(sock, handshake.greeting())
-            buffer = bytearray(4096)
-            while handshake.state not in (TRANSMISSION, CLOSED):
-                count = sock.recv_into(buffer)
-                if not count:
-                    log.debug("client has gone during the handshake")
-                    return None
-                reply = handshake.receive(memoryview(buffer)[:count])
-                while reply:  # a long answer comes in pieces
-                    _send_all(sock, reply)
-                    reply = handshake.receive(b"")
-        except OSError as error:
-            log.debug(f"handshake: {error.strerror}")
-            return None
-        if handshake.state == CLOSED:
-            if handshake.error:
-                log.error(f"handshake: {handshake.error}")
-            return None
-        return handshake
+            return negotiation.run()
+        finally:
+            self._sock = negotiation.sock
 
-    def _transmit(self, layer: Layer, handshake: ServerHandshake) -> None:
-        server = self._server
+    def _transmit(self, layer: Layer) -> None:
+        server, negotiation = self._server, self._negotiation
+        assert negotiation is not None
+        assert negotiation.negotiated is not None
         try:
             with server.control_lock:
                 transmission = Transmission(
                     self._sock,
                     layer,
-                    handshake.negotiated,
-                    handshake.leftover,
+                    negotiation.negotiated,
+                    negotiation.leftover,
                     self.session,
                     name=server.chain.name,
                     thread_model=server.thread_model,
@@ -309,12 +310,6 @@ class Connection:
             return bool(poll.poll(0))
         except (OSError, ValueError):
             return True
-
-
-def _send_all(sock: Any, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[sock.sendmsg([view]) :]
 
 
 def _peer_name(sock: socket.socket) -> Any:
