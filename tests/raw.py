@@ -7,15 +7,29 @@ import struct
 from types import TracebackType
 
 REQUEST = struct.Struct(">IHHQQI")
+EXTENDED_REQUEST = struct.Struct(">IHHQQQ")
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS = range(8)
 
 
 class Raw:
-    """A connection to a Unix socket, past the handshake if `go`."""
+    """A connection to a Unix socket, past the handshake if `go`.
+
+    With `extended` headers (`structured` is implied) requests and replies have them; `contexts`
+    are selected, and their IDs are in `ids`.
+    """
 
     def __init__(
-        self, path: str, *, go: bool = True, structured: bool = False, export: str = ""
+        self,
+        path: str,
+        *,
+        go: bool = True,
+        structured: bool = False,
+        extended: bool = False,
+        contexts: tuple[str, ...] = (),
+        export: str = "",
     ) -> None:
+        self.extended = extended
+        self.ids: dict[str, int] = {}
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(20)
         self.sock.connect(str(path))
@@ -24,10 +38,12 @@ class Raw:
         if go:
             self.receive(18)
             self.send(struct.pack(">I", 3))
-            if structured:
-                self.option(8)
+            if structured or extended:
+                self.option(11 if extended else 8)
                 assert self.reply()[1] == 1
             name = export.encode()
+            if contexts:
+                self._select(name, contexts)
             self.option(7, struct.pack(">I", len(name)) + name + struct.pack(">H", 0))
             while True:
                 _, kind, data = self.reply()
@@ -36,6 +52,18 @@ class Raw:
                 assert kind == 3, (kind, data)
                 if data[:2] == b"\0\0":
                     self.size, self.flags = struct.unpack(">QH", data[2:])
+
+    def _select(self, export: bytes, contexts: tuple[str, ...]) -> None:
+        data = struct.pack(">I", len(export)) + export + struct.pack(">I", len(contexts))
+        for context in contexts:
+            data += struct.pack(">I", len(context)) + context.encode()
+        self.option(10, data)
+        while True:
+            _, kind, answer = self.reply()
+            if kind == 1:
+                return
+            assert kind == 4, (kind, answer)
+            self.ids[answer[4:].decode()] = int.from_bytes(answer[:4], "big")
 
     def send(self, data: bytes) -> None:
         self.sock.sendall(data)
@@ -81,7 +109,11 @@ class Raw:
         flags: int = 0,
         payload: bytes = b"",
     ) -> None:
-        self.send(self.request(kind, cookie, offset, count, flags) + payload)
+        if self.extended:
+            header = (0x21E41C71, flags, kind, cookie, offset, count)
+            self.send(EXTENDED_REQUEST.pack(*header) + payload)
+        else:
+            self.send(self.request(kind, cookie, offset, count, flags) + payload)
 
     def simple(self, data: int = 0) -> tuple[int, int, bytes]:
         """(cookie, error, data) of a simple reply; `data` bytes follow where there is no error."""
@@ -94,6 +126,12 @@ class Raw:
         magic, flags, kind, cookie, length = struct.unpack(">IHHQI", self.receive(20))
         assert magic == 0x668E33EF
         return cookie, flags, kind, self.receive(length)
+
+    def extended_chunk(self) -> tuple[int, int, int, int, bytes]:
+        """(cookie, offset, flags, type, payload) of a chunk with an extended header."""
+        magic, flags, kind, cookie, offset, length = struct.unpack(">IHHQQQ", self.receive(32))
+        assert magic == 0x6E8A278C
+        return cookie, offset, flags, kind, self.receive(length)
 
     def close(self) -> None:
         self.sock.close()

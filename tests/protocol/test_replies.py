@@ -23,8 +23,8 @@ from pynbdkit.protocol.replies import (
 )
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS = range(8)
-SIMPLE, STRUCTURED = 0x67446698, 0x668E33EF
-NONE, DATA, HOLE, BLOCK_STATUS = 0, 1, 2, 5
+SIMPLE, STRUCTURED, EXTENDED = 0x67446698, 0x668E33EF, 0x6E8A278C
+NONE, DATA, HOLE, BLOCK_STATUS, BLOCK_STATUS_EXT = 0, 1, 2, 5, 6
 ERROR, ERROR_OFFSET = 0x8001, 0x8002
 EIO = 5
 
@@ -32,6 +32,13 @@ EIO = 5
 def chunk(kind: int, cookie: int, body: bytes, flags: int = 1, length: int | None = None) -> bytes:
     size = len(body) if length is None else length
     return struct.pack(">IHHQI", STRUCTURED, flags, kind, cookie, size) + body
+
+
+def extended(
+    kind: int, cookie: int, at: int, body: bytes, flags: int = 1, length: int | None = None
+) -> bytes:
+    size = len(body) if length is None else length
+    return struct.pack(">IHHQQQ", EXTENDED, flags, kind, cookie, at, size) + body
 
 
 def simple(cookie: int, error: int = 0, data: bytes = b"") -> bytes:
@@ -61,6 +68,31 @@ def test_encoded_bytes() -> None:
     assert encode_status(7, 3, [(4096, 0), (2**32 - 1, 3)]) == chunk(
         BLOCK_STATUS, 7, struct.pack(">IIIII", 3, 4096, 0, 2**32 - 1, 3)
     )
+
+
+def test_encoded_bytes_with_extended_headers() -> None:
+    assert encode_none(7, at=9) == extended(NONE, 7, 9, b"")
+    assert encode_none(7, at=0) == extended(NONE, 7, 0, b"")
+    assert encode_data(7, 2**63, 5, at=2**63) + b"hello" == extended(
+        DATA, 7, 2**63, b"\x80" + bytes(7) + b"hello"
+    )
+    assert encode_hole(7, 512, 4096, False, at=0) == extended(
+        HOLE, 7, 0, struct.pack(">QI", 512, 4096), 0
+    )
+    assert encode_error(7, 28, "full", at=3) == extended(ERROR, 7, 3, b"\0\0\0\x1c\0\4full")
+    assert encode_error(7, 5, "", 99, at=98) == extended(
+        ERROR_OFFSET, 7, 98, b"\0\0\0\5\0\0" + bytes(7) + b"c"
+    )
+    assert encode_status(7, 3, [(4096, 0), (2**64 - 1, 2**63)], at=0) == extended(
+        BLOCK_STATUS_EXT, 7, 0, struct.pack(">IIQQQQ", 3, 2, 4096, 0, 2**64 - 1, 2**63)
+    )
+
+
+@pytest.mark.parametrize("pair", [(2**32, 0), (1, 2**32)])
+def test_a_status_of_64_bits_needs_extended_headers(pair: tuple[int, int]) -> None:
+    with pytest.raises(OverflowError):
+        encode_status(7, 3, [pair])
+    assert encode_status(7, 3, [pair], at=0).endswith(struct.pack(">QQ", *pair))
 
 
 @example("x" * 4095 + "\u00e9")
@@ -336,3 +368,73 @@ def test_noise_in_a_chunk_is_an_error_or_fits_the_request(
         assert command == STATUS
     else:
         assert reply.error or (kind == NONE and not body)
+
+
+# -- extended headers ------------------------------------------------------------------------------
+
+
+@given(st.data(), st.lists(st.integers(0, 3000), max_size=20))
+def test_any_split_gives_the_same_replies_with_extended_headers(
+    data: st.DataObject, cuts: list[int]
+) -> None:
+    requests, wire, meaning = [], b"", []
+    for cookie in data.draw(st.lists(cookies, unique=True, max_size=6)):
+        offset = data.draw(st.integers(0, 2**64 - 1001))
+        kind = data.draw(st.sampled_from((READ, WRITE, ZEROES, STATUS)))
+        count = data.draw(st.integers(1, 1000 if kind == READ else 2**64 - 1))
+        error = data.draw(st.sampled_from((0, 0, 5, 22)))
+        requests.append((cookie, kind, offset, count))
+        if error:
+            wire += encode_error(cookie, error, "why", at=offset)
+            meaning.append(Reply(cookie, True, ERROR, error, "why"))
+        elif kind == READ:
+            body = data.draw(st.binary(min_size=count, max_size=count))
+            wire += encode_data(cookie, offset, count, at=offset) + body
+            meaning.append(Reply(cookie, True, DATA, offset=offset, data=body))
+        elif kind == STATUS:
+            pair = st.tuples(st.integers(1, 2**64 - 1), st.integers(0, 2**64 - 1))
+            pairs = data.draw(st.lists(pair, min_size=1, max_size=9))
+            wire += encode_status(cookie, 3, pairs, at=offset)
+            extents = tuple(pairs)
+            meaning.append(Reply(cookie, True, BLOCK_STATUS_EXT, context=3, extents=extents))
+        else:
+            wire += encode_none(cookie, at=offset)
+            meaning.append(Reply(cookie, True, NONE))
+    parser = ReplyParser(True, extended=True)
+    for request in requests:
+        parser.expect(*request)
+    result = []
+    for piece in split(wire, cuts):
+        result += parser.receive(piece)
+    assert result == meaning
+    assert parser.waiting == 0
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        simple(1),
+        chunk(NONE, 1, b""),
+        extended(NONE, 1, 4097, b""),
+        extended(NONE, 2, 4096, b""),
+        extended(BLOCK_STATUS, 1, 4096, struct.pack(">III", 3, 512, 0)),
+        extended(BLOCK_STATUS_EXT, 1, 4096, struct.pack(">IIQQ", 3, 2, 512, 0)),
+        extended(BLOCK_STATUS_EXT, 1, 4096, struct.pack(">IIQQ", 3, 1, 0, 0)),
+        extended(BLOCK_STATUS_EXT, 1, 4096, struct.pack(">II", 3, 0)),
+        extended(BLOCK_STATUS_EXT, 1, 4096, struct.pack(">IIQ", 3, 1, 512)),
+        extended(BLOCK_STATUS_EXT, 1, 4096, b"\0\0\0"),
+        extended(NONE, 1, 4096, b"", length=2**63),
+    ],
+)
+def test_lies_with_extended_headers(lie: bytes) -> None:
+    parser = ReplyParser(True, extended=True)
+    parser.expect(1, STATUS, 4096, 1 << 40)
+    with pytest.raises(ProtocolError):
+        parser.receive(lie)
+
+
+def test_an_extended_status_without_extended_headers_is_refused() -> None:
+    parser = ReplyParser(True)
+    parser.expect(1, STATUS, 0, 512)
+    with pytest.raises(ProtocolError):
+        parser.receive(chunk(BLOCK_STATUS_EXT, 1, struct.pack(">IIQQ", 3, 1, 512, 0)))

@@ -20,6 +20,7 @@ from pynbdkit.protocol.requests import (
 )
 
 READ, WRITE, DISC, FLUSH = range(4)
+PAYLOAD_LEN = 1 << 5
 MAGIC = 0x25609513
 KIB, MIB = 1 << 10, 1 << 20
 LIMIT = 200
@@ -46,6 +47,23 @@ class Sent(NamedTuple):
         """What the parser must make of it."""
         payload = self.payload if self.kind == WRITE and 0 < self.length <= limit else None
         return (*self[:5], payload)
+
+
+class SentExtended(Sent):
+    """The same with an extended header: a flag says whether a payload follows."""
+
+    __slots__ = ()
+
+    def wire(self) -> bytes:
+        header = (0x21E41C71, self.flags, self.kind, self.cookie, self.offset, self.length)
+        return struct.pack(">IHHQQQ", *header) + self.payload
+
+    def parsed(self, limit: int = LIMIT) -> Parsed:
+        """What the parser must make of it: a write with a payload loses the flag."""
+        if not self.flags & PAYLOAD_LEN or not self.length:
+            return (*self[:5], None)
+        flags = self.flags & ~PAYLOAD_LEN if self.kind == WRITE else self.flags
+        return (flags, *self[1:5], self.payload if self.length <= limit else None)
 
 
 def write(data: bytes, cookie: int = 1, offset: int = 0) -> Sent:
@@ -82,6 +100,20 @@ writes = st.builds(
     st.integers(0, LIMIT) | st.sampled_from((0, 1, LIMIT, LIMIT + 1, 3 * LIMIT, 5000)),
 )
 requests = st.lists(others | writes, max_size=12)
+without_payload = st.builds(
+    SentExtended, u16.map(lambda flags: flags & ~PAYLOAD_LEN), u16, u64, u64, u64, st.just(b"")
+)
+with_payload = st.builds(
+    lambda flags, kind, cookie, offset, count: SentExtended(
+        flags | PAYLOAD_LEN, kind, cookie, offset, count, noise(count, cookie & 0xFF)
+    ),
+    u16,
+    st.just(WRITE) | u16,
+    u64,
+    u64,
+    st.integers(0, LIMIT) | st.sampled_from((0, 1, LIMIT, LIMIT + 1, 3 * LIMIT, 5000)),
+)
+extended_requests = st.lists(without_payload | with_payload, max_size=12)
 cuts = st.lists(st.integers(0, 4000), max_size=30)
 
 
@@ -131,6 +163,41 @@ def test_any_split_gives_the_same_requests(sent: list[Sent], cuts: list[int]) ->
     assert feed(parser, split(data, cuts)) == [request.parsed() for request in sent]
     assert not parser.partial
     assert parser.broken == ""
+
+
+@given(extended_requests, cuts)
+def test_any_split_gives_the_same_requests_with_extended_headers(
+    sent: list[SentExtended], cuts: list[int]
+) -> None:
+    data = b"".join(request.wire() for request in sent)
+    parser = RequestParser(max_payload=LIMIT, extended=True)
+    assert feed(parser, split(data, cuts)) == [request.parsed() for request in sent]
+    assert not parser.partial
+    assert parser.broken == ""
+
+
+@given(u16.map(lambda flags: flags & ~PAYLOAD_LEN), u16, u64, u64, u64)
+def test_what_the_client_encodes_with_extended_headers(
+    flags: int, kind: int, cookie: int, offset: int, count: int
+) -> None:
+    """Lengths have 64 bits, and a write says that it has a payload."""
+    encoded = encode_request(kind, cookie, offset, count, flags, extended=True)
+    wanted = flags | PAYLOAD_LEN if kind == WRITE else flags
+    assert encoded == SentExtended(wanted, kind, cookie, offset, count).wire()
+
+
+@pytest.mark.parametrize("extended", [False, True])
+def test_each_form_of_header_is_the_others_wrong_magic(extended: bool) -> None:
+    parser = RequestParser(extended=extended)
+    assert feed(parser, [encode_request(READ, 1, 0, 512, extended=not extended) + bytes(8)]) == []
+    assert "magic" in parser.broken
+
+
+def test_missing_counts_the_longer_header() -> None:
+    parser = RequestParser(extended=True)
+    put(parser, encode_request(READ, 1, 0, 512, extended=True)[:30])
+    assert parser.requests() == []
+    assert parser.missing == 2
 
 
 @given(requests, st.integers(0, 4000), cuts)
