@@ -1,4 +1,5 @@
 # make test     everything that has to hold: lint, format, types, tests (installs what it needs)
+# make load     many clients, and what they cost (LOAD="--short" for a short run)
 # make bench    side by side with the peers that are installed (BENCH="--quick" for a short run)
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 TESTS ?= tests
 
-.PHONY: all test check pytest bench peers peers-next venv clean
+.PHONY: all test check pytest bench load peers peers-next venv clean
 
 all: test
 
@@ -23,6 +24,9 @@ pytest: venv peers-next
 
 bench: venv peers
 	$(BIN)/python benchmarks/bench.py $(BENCH)
+
+load: venv peers
+	$(BIN)/python campaigns/load.py $(LOAD)
 
 venv: $(VENV)/.installed
 
