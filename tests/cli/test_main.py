@@ -86,6 +86,9 @@ memory size=              | size
 -U - --log=null memory 1M --run true
 -U - --tls=off memory 1M --run true
 -U - --tls=foo memory 1M --run true      | --tls=foo
+-U - --tls=require memory 1M --run true  | certificate
+-U - --tls-psk=/nonexistent memory 1M --run true              | TLS: 
+-U - --tls=require --tls-certificates=/nonexistent memory 1M --run true | /nonexistent
 -U - --tls-psk= memory 1M --run true     | '--tls-psk'
 -U - -o memory 1M --run true
 -U - -o -e name --no-sr memory 1M --run true
@@ -143,6 +146,9 @@ DIFFERENT = r"""
 -i '' -p 0 memory 1M --run true          | 1 | 0 |
 -U - --print-uri memory 1M --run true    | 1 | 0 |
 -s --dump-plugin memory                  | 1 | 0 |
+-U - --tls=on memory 1M --run true       | 0 | 1 | certificate
+-U - --tls-verify-peer memory 1M --run true | 0 | 1 | certificate
+-U - --tls-certificates=/nonexistent memory 1M --run true | 0 | 1 | /nonexistent
 -U - --tls-certificates= memory 1M --run true | 0 | 1 | '--tls-certificates'
 -U - --tls=on -o memory 1M --run true    | 0 | 1 | -o and --tls=on
 -U - --tls-verify-peer -o memory 1M --run true | 0 | 1 | -o and --tls-verify-peer

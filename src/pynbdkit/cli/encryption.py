@@ -35,16 +35,18 @@ def encryption(line: CommandLine) -> tuple[str, Credentials | None]:
         if asked:
             raise UsageError(f"-o and {asked[0]} exclude each other: the oldstyle has no TLS")
         return "off", None
-    if not asked and not _has_certificates():
+
+    from ..tls import Credentials, find_certificates
+
+    # Where they are is found out once: later, when SIGHUP has them read again, the current folder
+    # is another (in the background), and so is the user whose default folders count (-u).
+    psk = line.tls_psk
+    certificates = None if psk else line.tls_certificates or find_certificates()
+    if not asked and certificates is None:
         return "off", None
-
-    from ..tls import Credentials
-
-    certificates, psk = line.tls_certificates, line.tls_psk
     try:
-        # In the background the current folder is another, and SIGHUP reads the files once more.
         credentials = Credentials(
-            os.path.abspath(certificates) if certificates and not psk else None,
+            os.path.abspath(certificates) if certificates else None,
             os.path.abspath(psk) if psk else None,
             bool(line.tls_verify_peer),
         )
@@ -54,13 +56,3 @@ def encryption(line: CommandLine) -> tuple[str, Credentials | None]:
         log.warning(f"{error} (there will be no TLS; --tls=off says so without this warning)")
         return "off", None
     return line.tls or "on", credentials
-
-
-def _has_certificates() -> bool:
-    """Whether anybody has put a server's certificate where it is looked for."""
-    if os.geteuid() == 0:
-        folders = ["/etc/pki/nbdkit"]
-    else:
-        home = os.environ.get("HOME", "")
-        folders = [f"{home}/.pki/nbdkit", f"{home}/.config/pki/nbdkit"] if home else []
-    return any(os.path.exists(f"{folder}/server-cert.pem") for folder in folders)
