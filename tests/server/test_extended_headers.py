@@ -13,7 +13,7 @@ import pynbdkit
 from pynbdkit.embed import RunningServer
 from raw import CACHE, FLUSH, READ, STATUS, TRIM, WRITE, ZEROES, Raw
 
-EIO, EINVAL, EOVERFLOW = 5, 22, 75
+EIO, EINVAL, EOVERFLOW, ESHUTDOWN = 5, 22, 75, 108
 PAYLOAD_LEN, REQ_ONE = 1 << 5, 1 << 3
 NONE, DATA, HOLE, STATUS_32, STATUS_64 = 0, 1, 2, 5, 6
 ERROR, ERROR_OFFSET = 0x8001, 0x8002
@@ -129,6 +129,53 @@ def test_the_whole_disk_in_one_request(
         client.ask(kind, 5, 0, count)
         assert client.extended_chunk() == (5, 0, 1, NONE, b"")
     assert calls == [call]
+
+
+def test_a_reply_tells_the_requests_offset_again(server: RunningServer) -> None:
+    with extended(server) as client:
+        client.ask(TRIM, 5, 4096, 512)
+        assert client.extended_chunk() == (5, 4096, 1, NONE, b"")
+
+
+class Slow(pynbdkit.Device):
+    """A disk of 4 EiB without zero and cache: they are done by pwrite and pread, in pieces."""
+
+    def __init__(self) -> None:
+        self.pieces = threading.Semaphore(0)
+
+    def get_size(self) -> int:
+        return SIZE
+
+    def can_cache(self) -> int:
+        return pynbdkit.CacheMode.EMULATE
+
+    def pread(self, count: int, offset: int, flags: int) -> bytes:
+        self.pieces.release()
+        return bytes(count)
+
+    def pwrite(self, buf: memoryview, offset: int, flags: int) -> None:
+        self.pieces.release()
+
+
+@pytest.mark.parametrize("kind", [ZEROES, CACHE])
+@pytest.mark.parametrize("ending", ["the client goes", "the server stops"])
+def test_what_would_take_for_ever_ends_with_its_connection(kind: int, ending: str) -> None:
+    device = Slow()
+    server = pynbdkit.serve(lambda: device)
+    client = extended(server)
+    client.ask(kind, 5, 0, SIZE)
+    for _ in range(3):
+        assert device.pieces.acquire(timeout=20)
+    if ending == "the client goes":
+        client.close()
+        with extended(server) as other:
+            other.ask(READ, 6, 0, 512)
+            assert other.extended_chunk()[0] == 6
+    server.stop()  # else it would wait here
+    if ending == "the server stops":
+        cookie, _, _, kind, body = client.extended_chunk()
+        assert (cookie, kind, int.from_bytes(body[:4], "big")) == (5, ERROR, ESHUTDOWN)
+        client.close()
 
 
 @pytest.mark.parametrize(
