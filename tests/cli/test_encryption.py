@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 
@@ -21,7 +21,6 @@ from pynbdkit.cli.options import parse
 from pynbdkit.errors import ConfigError
 from support import ServerProcess, need_root, program, pynbdkit, run
 
-Connect = Callable[..., Any]
 Serve = Callable[..., ServerProcess]
 SHOW = 'echo "${tls-unset} $uri"'
 
@@ -40,7 +39,7 @@ def make_pki(folder: Path, name: str) -> Path:
         key = run("certtool", "--generate-privkey", "--key-type=ecdsa").stdout
         (folder / f"{kind}-key.pem").touch(0o600)
         (folder / f"{kind}-key.pem").write_text(key)
-        words = [
+        words: list[str | Path] = [
             "--load-privkey",
             folder / f"{kind}-key.pem",
             "--template",
@@ -198,7 +197,7 @@ def test_the_uri_is_all_that_a_client_needs(where: list[str], check: list[str], 
 
 
 def test_print_uri(pki: Path, sockdir: Path) -> None:
-    words = ["-U", sockdir / "s", "--tls=require", f"--tls-certificates={pki}", "--print-uri"]
+    words = ["-U", f"{sockdir}/s", "--tls=require", f"--tls-certificates={pki}", "--print-uri"]
     with running("-f", *words, "memory", "1M", stdout=-1) as process:
         assert process.stdout is not None
         uri = process.stdout.readline().decode()
@@ -258,13 +257,17 @@ def test_hangup_reads_the_files_again(pki: Path, sockdir: Path) -> None:
         assert (size(uri, pki), size(uri, other)) == ("", "1048576")
 
 
-def test_who_is_connected_stays(pki: Path, connect: Connect, serve: Serve) -> None:
+def test_who_is_connected_stays(pki: Path, nbd: ModuleType, serve: Serve) -> None:
     server = serve("-v", "--tls=require", f"--tls-certificates={pki}", "memory", "1M")
-    handle = connect(f"nbds+unix:///?socket={server.socket}&tls-certificates={pki}")
+    handle = nbd.NBD()
+    handle.set_tls(nbd.TLS_REQUIRE)
+    handle.set_tls_certificates(str(pki))
+    handle.connect_unix(str(server.socket))
     handle.pwrite(b"x" * 512, 0)
     server.process.send_signal(signal.SIGHUP)
     wait_for_file(server.log_path, "TLS credentials were read again")
     assert handle.pread(512, 0) == b"x" * 512
+    handle.shutdown()
 
 
 def test_without_tls_a_hangup_is_what_it_always_was(sockdir: Path) -> None:

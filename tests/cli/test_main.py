@@ -87,7 +87,7 @@ memory size=              | size
 -U - --tls=off memory 1M --run true
 -U - --tls=foo memory 1M --run true      | --tls=foo
 -U - --tls=require memory 1M --run true  | certificate
--U - --tls-psk=/nonexistent memory 1M --run true              | TLS: 
+-U - --tls-psk=/nonexistent memory 1M --run true              | TLS:
 -U - --tls=require --tls-certificates=/nonexistent memory 1M --run true | /nonexistent
 -U - --tls-psk= memory 1M --run true     | '--tls-psk'
 -U - -o memory 1M --run true
