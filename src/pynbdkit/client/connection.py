@@ -94,29 +94,36 @@ def negotiate(uri: Uri, handshake: ClientHandshake, timeout: float | None = None
     Returns the socket, with TLS around it where the handshake agreed on it. Raises what `connect`
     does, with the socket closed.
     """
-    context = None
     if uri.tls is not None:
-        from .tls import context_for
+        from . import tls
 
-        context = context_for(uri)  # First: a mistake in the files needs no server to be found.
+        context = tls.context_for(uri)  # First: a mistake in the files needs no server.
     sock = open_socket(uri, timeout)
+    silent = False  # Whether nothing has come over TLS yet.
     try:
         while handshake.state not in (TRANSMISSION, CLOSED):
-            if handshake.state == STARTTLS:
-                from .tls import start
-
-                assert context is not None
-                sock = start(sock, context, uri)
-                sock.sendall(handshake.tls_started())
+            data = b""
             try:
+                if handshake.state == STARTTLS:
+                    silent = True
+                    sock = tls.start(sock, context, uri)
+                    sock.sendall(handshake.tls_started())
                 data = sock.recv(_RECEIVE)
                 if data:
+                    silent = False
                     sock.sendall(handshake.receive(data))
-            except ConnectionError:  # The server went away; whether it might, the machine knows.
-                data = b""
+            except OSError as error:
+                if not (isinstance(error, ConnectionError) or (handshake.tls and tls.ends(error))):
+                    raise
+                data = b""  # The server went away; whether it might, the machine knows.
+            if not data and silent:
+                raise tls.left(uri)
             if not data:
                 handshake.receive_eof()
         if handshake.refusal is not None:
+            if handshake.refusal.code == nbd.REP_ERR_TLS_REQD and uri.tls is None:
+                message = f"{handshake.refusal}: use a URI that begins with nbds"
+                raise HandshakeError(nbd.REP_ERR_TLS_REQD, message)
             raise handshake.refusal
     except BaseException as error:
         sock.close()
@@ -430,7 +437,7 @@ def _explained(error: BaseException, tls: bool) -> BaseException:
         return error
     from .tls import explained
 
-    return explained(error)
+    return explained(error) if isinstance(error, OSError) else error
 
 
 def _assemble(replies: list[Reply], offset: int, count: int) -> bytes:

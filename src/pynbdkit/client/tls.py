@@ -67,7 +67,7 @@ def start(sock: socket.socket, context: ssl.SSLContext, uri: Uri) -> ssl.SSLSock
         )
     except OSError as error:
         sock.close()
-        raise explained(error) from None
+        raise explained(error, uri) from None
     try:
         secure.do_handshake()
         # TLS 1.3 lets the server choose between the key and a certificate, which nobody verified.
@@ -77,6 +77,25 @@ def start(sock: socket.socket, context: ssl.SSLContext, uri: Uri) -> ssl.SSLSock
         secure.close()
         raise explained(error, uri) from None
     return secure
+
+
+def ends(error: OSError) -> bool:
+    """Return whether an error of the socket says that the server closed the connection."""
+    return isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ConnectionError)
+
+
+def left(uri: Uri) -> TlsError:
+    """Return the error for a server that went away before it said a word over TLS.
+
+    So goes one that does not like what it was shown, often without an alert. In TLS 1.3 that may
+    be after the client's part of the handshake is over.
+    """
+    assert uri.tls is not None
+    if uri.tls.psk_file is not None:
+        why = "it does not know the user and the key, or wants certificates"
+    else:
+        why = "it may want a client's certificate, another than it got, or a pre-shared key"
+    return TlsError(f"the server closed the connection during TLS: {why}")
 
 
 def say_goodbye(sock: ssl.SSLSocket) -> None:
@@ -216,44 +235,44 @@ def _key_of(user: str, path: str) -> bytes:
 # --- What went wrong, in words -----------------------------------------------------------------
 
 _ALERTS: Final = {
-    "CERTIFICATE_REQUIRED": "it wants a client's certificate: client-cert.pem and client-key.pem",
-    "UNKNOWN_CA": "it does not know who signed client-cert.pem",
-    "BAD_CERTIFICATE": "it does not take client-cert.pem, or there is none",
-    "CERTIFICATE_EXPIRED": "client-cert.pem has expired",
-    "CERTIFICATE_REVOKED": "client-cert.pem is revoked",
-    "CERTIFICATE_UNKNOWN": "it does not take client-cert.pem",
-    "ACCESS_DENIED": "it does not let this client in",
-    "UNKNOWN_PSK_IDENTITY": "it does not know the user, or the key is another",
-    "DECRYPT_ERROR": "the pre-shared key is another, or it does not know the user",
-    "BAD_RECORD_MAC": "the pre-shared key is another, or it does not know the user",
-    "HANDSHAKE_FAILURE": "it has no cipher in common, or wants a pre-shared key or a certificate",
-    "INSUFFICIENT_SECURITY": "it has no cipher in common, or wants a pre-shared key",
-    "PROTOCOL_VERSION": "it has no version of TLS in common; 1.2 is the least here",
+    "certificate required": "it wants a client's certificate: client-cert.pem and client-key.pem",
+    "unknown ca": "it does not know who signed client-cert.pem",
+    "bad certificate": "it does not take client-cert.pem, or there is none",
+    "certificate expired": "client-cert.pem has expired",
+    "certificate revoked": "client-cert.pem is revoked",
+    "certificate unknown": "it does not take client-cert.pem",
+    "access denied": "it does not let this client in",
+    "unknown psk identity": "it does not know the user, or the key is another",
+    "decrypt error": "the pre-shared key is another, or it does not know the user",
+    "bad record mac": "the pre-shared key is another, or it does not know the user",
+    "handshake failure": "it has no cipher in common, or wants a pre-shared key or a certificate",
+    "insufficient security": "it has no cipher in common, or wants a pre-shared key",
+    "protocol version": "it has no version of TLS in common; 1.2 is the least here",
 }
 
 
-def explained(error: BaseException, uri: Uri | None = None) -> BaseException:
-    """Return an error of the ssl module or the socket in words; anything else as it is."""
-    if isinstance(error, TlsError) or not isinstance(error, ssl.SSLError | OSError):
-        return error
+def explained(error: OSError, uri: Uri | None = None) -> OSError:
+    """Return an error of the ssl module in words, any other as it is.
+
+    ``uri`` is given during the TLS handshake, in which a server's going away has other reasons.
+    """
     if isinstance(error, ssl.SSLCertVerificationError):
         return TlsError(_distrust(error, uri))
+    if ends(error):
+        return left(uri) if uri else ConnectionError("the server closed the connection")
     if isinstance(error, TimeoutError):
-        return error
-    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-        return TlsError("the server closed the connection during TLS")
+        return TimeoutError("timed out")
     if not isinstance(error, ssl.SSLError):
-        if uri is None:
-            return error  # The socket's own, after the handshake.
-        return TlsError(f"the server closed the connection during TLS: {error.strerror or error}")
-    reason = error.reason or str(error)
-    if "_ALERT_" in reason:
-        alert = reason.partition("_ALERT_")[2]
-        told = _ALERTS.get(alert, alert.replace("_", " ").lower())
-        return TlsError(f"the server ended TLS: {told}")
-    if reason in ("WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE", "PACKET_LENGTH_TOO_LONG"):
+        return error
+    # Some reasons have no name in Python, and are in the text alone: "[SSL] a reason (_ssl.c:1)".
+    reason = error.reason or str(error).rpartition("] ")[2].partition(" (_ssl")[0]
+    reason = reason.replace("_", " ").lower()
+    if " alert " in reason:
+        alert = reason.partition(" alert ")[2]
+        return TlsError(f"the server ended TLS: {_ALERTS.get(alert, alert)}")
+    if reason in ("wrong version number", "unexpected message", "packet length too long"):
         return TlsError("what the server sent is not TLS")
-    return TlsError(f"TLS failed: {reason.replace('_', ' ').lower()}")
+    return TlsError(f"TLS failed: {reason}")
 
 
 def _distrust(error: ssl.SSLCertVerificationError, uri: Uri | None) -> str:
