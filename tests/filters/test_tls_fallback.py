@@ -10,6 +10,7 @@ import pytest
 
 import pynbdkit
 import support
+from identities import Authority, uri
 from pynbdkit import ConfigError, Device, Session, ThreadModel
 from pynbdkit.chain import Chain
 from pynbdkit.filters.tls_fallback import TlsFallbackFilter
@@ -188,3 +189,54 @@ def test_over_the_wire_as_nbdkit(nbd: Any, sockdir: Path) -> None:
     assert plugin.events == []
     assert ours == theirs
     assert NOTE.ljust(512, b"\0") in ours
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+def test_with_certificates(
+    nbd: Any, serve: Callable[..., support.ServerProcess], authority: Authority
+) -> None:
+    """The disk over TLS; the note without, for the same server."""
+    alice = authority.client("alice")
+    options = ("--tls=on", f"--tls-certificates={authority.server}", "--tls-verify-peer")
+    server = serve(*options, "--filter=tls-fallback", "memory", "1M", "tlsreadme=not here")
+    secure, plain = nbd.NBD(), nbd.NBD()
+    secure.set_uri_allow_local_file(True)
+    secure.connect_uri(uri(server, alice))
+    plain.connect_uri(uri(server, None))
+    assert secure.get_tls_negotiated()
+    assert secure.get_size() == 1 << 20
+    secure.pwrite(b"x" * 512, 0)
+    assert bytes(plain.pread(512, 0)) == b"not here".ljust(512, b"\0")
+    assert bytes(secure.pread(512, 0)) == b"x" * 512
+    secure.shutdown()
+    plain.shutdown()
+
+
+STARTTLS_LATE = """
+import nbd, sys
+client = nbd.NBD()
+client.set_opt_mode(True)
+client.set_tls_certificates(sys.argv[2])
+client.connect_unix(sys.argv[1])
+client.opt_info()
+print(client.get_size())
+print(client.opt_starttls())
+client.opt_go()
+print(client.get_size())
+client.shutdown()
+"""
+
+
+def test_what_was_asked_before_tls_is_forgotten(
+    serve: Callable[..., support.ServerProcess], authority: Authority
+) -> None:
+    """Who has looked at the note in the clear gets the disk over TLS, not the note once more."""
+    alice = authority.client("alice")
+    options = ("--tls=on", f"--tls-certificates={authority.server}", "--tls-verify-peer")
+    server = serve(*options, "--filter=tls-fallback", "memory", "1M")
+    done = support.run(support.next_peer("python3"), "-c", STARTTLS_LATE, server.socket, alice)
+    assert done.stdout.split() == ["512", "True", "1048576"]

@@ -120,6 +120,10 @@ class Exports(ExportSource):
             BlockSize(*block_size) if any(block_size) else None,
         )
 
+    def forget(self) -> None:
+        """TLS begins: what was opened before it was opened for somebody unknown."""
+        self.close()
+
     def close(self) -> None:
         """Close the open layer, if there is one; an error goes to the log."""
         with self._server.control_lock:
