@@ -605,14 +605,18 @@ def outcome(server: ServerHandshake, output: bytes) -> tuple[object, ...]:
     return output, server.state, server.error, server.leftover, negotiated
 
 
-@given(data=conversations, cuts=st.lists(st.integers(0, 300), max_size=20))
-def test_any_split_gives_the_same(data: bytes, cuts: list[int]) -> None:
-    at_once = machine()
+@given(
+    tls=st.sampled_from(["off", "on", "require"]),
+    data=conversations,
+    cuts=st.lists(st.integers(0, 300), max_size=20),
+)
+def test_any_split_gives_the_same(tls: str, data: bytes, cuts: list[int]) -> None:
+    at_once = machine(tls=tls)
     expected = outcome(at_once, drain(at_once, data))
-    by_byte = machine()
+    by_byte = machine(tls=tls)
     output = b"".join(drain(by_byte, data[at : at + 1]) for at in range(len(data)))
     assert outcome(by_byte, output) == expected
-    in_pieces = machine()
+    in_pieces = machine(tls=tls)
     places = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
     pieces = [data[start:end] for start, end in itertools.pairwise(places)]
     output = b"".join(drain(in_pieces, piece) for piece in pieces)

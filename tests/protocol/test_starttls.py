@@ -326,32 +326,35 @@ def test_options_are_counted_anew() -> None:
     assert server.state == hs.CLOSED
 
 
-names = st.sampled_from([b"", b"hidden", b"nope", b"\xff"])
-queries = st.lists(st.sampled_from([b"base:", b"base:allocation", b"x-classified:all", b"no"]))
-payloads = st.one_of(
-    st.just(b""),
-    st.binary(max_size=20),
-    st.builds(lambda name, infos: go(name, *infos), names, st.lists(st.integers(0, 4))),
-    st.builds(lambda name, wanted: meta(name, *wanted), names, queries),
+names = st.sampled_from([b"hidden", b"hidden", b"", b"nope"])
+queries = st.lists(
+    st.sampled_from([b"base:allocation", b"x-classified:all", b"base:", b"no"]), max_size=3
 )
+exports_data = st.builds(lambda name, infos: go(name, *infos), names, st.lists(st.integers(0, 4)))
+contexts_data = st.builds(lambda name, wanted: meta(name, *wanted), names, queries)
+FITTING = {
+    EXPORT_NAME: names,
+    INFO: exports_data,
+    GO: exports_data,
+    LIST_META: contexts_data,
+    SET_META: contexts_data,
+}
+anything = st.one_of(st.binary(max_size=20), exports_data, contexts_data)
 
 
 def options(*numbers: int) -> st.SearchStrategy[bytes]:
     """Sequences of these options, most of them with data that fits."""
-    fitting = {
-        INFO: st.builds(go, names),
-        GO: st.builds(go, names),
-        LIST_META: st.builds(lambda name, wanted: meta(name, *wanted), names, queries),
-        SET_META: st.builds(lambda name, wanted: meta(name, *wanted), names, queries),
-    }
-    each = [
-        st.builds(option, st.just(number), fitting.get(number, st.just(b"")) | payloads)
-        for number in numbers
-    ]
-    return st.lists(st.one_of(each), max_size=6).map(b"".join)
+
+    def build(number: int, odd: int) -> st.SearchStrategy[bytes]:
+        data = anything if odd == 0 else FITTING.get(number, st.just(b""))
+        return st.builds(option, st.just(number), data)
+
+    each = st.tuples(st.sampled_from(numbers), st.integers(0, 7)).flatmap(lambda pair: build(*pair))
+    return st.lists(each, max_size=6).map(b"".join)
 
 
 STAYING = (LIST, INFO, STRUCTURED, LIST_META, SET_META, EXTENDED, 77)  # None ends the handshake.
+STATEFUL = (INFO, STRUCTURED, SET_META, EXTENDED)
 ANY = (*range(1, 12), 77)
 
 
@@ -383,12 +386,13 @@ def test_plaintext_behind_starttls_is_never_acted_on(
 
 @given(
     tls=st.sampled_from(["on", "require"]),
-    before=options(*STAYING),
+    before=options(*STATEFUL),
     injected=options(*ANY),
-    after=options(*(number for number in ANY if number != STARTTLS)),
+    after=options(*STAYING),
+    end=options(EXPORT_NAME, GO, ABORT),
 )
 def test_behind_tls_it_is_as_on_a_fresh_connection(
-    tls: str, before: bytes, injected: bytes, after: bytes
+    tls: str, before: bytes, injected: bytes, after: bytes, end: bytes
 ) -> None:
     server, exports = make(tls)
     drain(server, flags() + before + option(STARTTLS) + injected)
@@ -396,7 +400,7 @@ def test_behind_tls_it_is_as_on_a_fresh_connection(
     asked = len(exports.asked)
     fresh, fresh_exports = make("off")  # It has never heard of TLS.
     fresh.receive(flags())
-    assert drain(server, after) == drain(fresh, after)
+    assert drain(server, after + end) == drain(fresh, after + end)
     assert exports.asked[asked:] == fresh_exports.asked
     assert (server.state, server.error) == (fresh.state, fresh.error)
     assert server.leftover == fresh.leftover
@@ -405,8 +409,8 @@ def test_behind_tls_it_is_as_on_a_fresh_connection(
 
 
 @given(
-    client_flags=st.integers(0, 4),
-    data=st.lists(options(*ANY) | st.binary(max_size=30), max_size=3).map(b"".join),
+    client_flags=st.sampled_from([3, 3, 3, 1, 0, 2, 4]),
+    data=st.tuples(options(*STAYING), options(*ANY), st.binary(max_size=30)).map(b"".join),
 )
 def test_nothing_of_exports_leaks_where_tls_is_required(client_flags: int, data: bytes) -> None:
     server, exports = make("require")
