@@ -854,6 +854,51 @@ def test_a_disk_of_nearly_8_eib(connect: Callable[..., Any]) -> None:
 # -- start and end ---------------------------------------------------------------------------------
 
 
+class Vast(Device):
+    """A disk of 4 EiB of zeros."""
+
+    def get_size(self) -> int:
+        return 1 << 62
+
+    def pread(self, count: int, offset: int, flags: int) -> bytes:
+        return bytes(count)
+
+
+class VastPlugin(pynbdkit.Plugin):
+    name = "vast"
+
+    def open(self, session: Session) -> Device:
+        return Vast()
+
+
+def test_requests_of_64_bits_take_no_longer_than_their_client_waits() -> None:
+    """An answer to extents looks at a bounded range; what goes on for ever can be ended."""
+    chain = Chain(VastPlugin(), [CowFilter()])
+    chain.load()
+    chain.complete()
+    chain.get_ready()
+    asked: list[float] = []
+
+    def gone(seconds: float) -> bool:
+        asked.append(seconds)
+        return len(asked) > 2
+
+    layer = chain.open(Session(stopping=gone))
+    assert layer.extents(1 << 62, 0, 0) == [(0, 1 << 42, 0)]
+    assert asked == []
+    for operation in (layer.zero, layer.trim):
+        asked.clear()
+        with pytest.raises(OSError, match="gone") as failure:
+            operation(1 << 62, 0, Flag.MAY_TRIM if operation is layer.zero else 0)
+        assert failure.value.errno == errno.ESHUTDOWN
+        assert len(asked) == 3
+    asked.clear()
+    layer.zero(1 << 20, 0, Flag.MAY_TRIM)
+    assert asked == []  # what ends at once is not asked about
+    layer.close()
+    chain.cleanup()
+
+
 def test_the_overlay_is_a_file_without_a_name_in_tmpdir(
     serve: Callable[..., support.ServerProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 MIN_BLOCK: Final = 4096
 MAX_BLOCK: Final = 1 << 31
+EXTENTS_SPAN: Final = 1 << 42
+"""The longest range, in bytes, that one answer to extents looks at."""
 PIECE: Final = 1 << 20
 """Bytes that are copied at a time, where a block is larger."""
 DEFAULT_FOLDER: Final = "/var/tmp"
@@ -212,7 +214,8 @@ class _CowDevice(FilterDevice):
         return data
 
     def extents(self, count: int, offset: int, flags: int) -> Iterator[tuple[int, int, int]]:
-        for state, length, start in self._overlay.runs(count, offset):
+        # A range of 64 bits has very many regions: an answer may end early.
+        for state, length, start in self._overlay.runs(min(count, EXTENTS_SPAN), offset):
             if state == ALLOCATED:
                 yield start, length, 0
             elif state == TRIMMED:
@@ -233,6 +236,8 @@ class _CowDevice(FilterDevice):
                 self._overlay.prefetch(length, start)
             elif state == NOT_ALLOCATED and self.next.can_cache():
                 self.next.cache(length, start, flags)
+            if start + length < offset + count:
+                self.next.session.check()
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -300,6 +305,8 @@ class _CowDevice(FilterDevice):
         if start < stop:
             for length, at in self._overlay.pieces(stop - start, start):
                 self._zero_blocks(length, at, may_trim, bool(flags & Flag.FAST_ZERO))
+                if at + length < stop:  # an exabyte has very many regions
+                    self.next.session.check()
             self._zero_part(start - offset, offset, may_trim)
             self._zero_part(end - stop, stop, may_trim)
         else:
@@ -349,6 +356,13 @@ class _CowDevice(FilterDevice):
 
     def _keep(self, count: int, offset: int) -> None:
         """Bring the blocks of a range that are only below into the store."""
+        for length, start in self._overlay.pieces(count, offset):
+            self._keep_piece(length, start)
+            if start + length < offset + count:
+                self.next.session.check()
+
+    def _keep_piece(self, count: int, offset: int) -> None:
+        """`_keep` for a range within one region."""
         overlay, shift = self._overlay, self._shift
         for state, length, start in list(overlay.runs(count, offset)):
             if state != NOT_ALLOCATED:
