@@ -184,6 +184,28 @@ def test_qemu_nbd(sockdir: Path, pki: Pki) -> None:
         assert client.block_status(131072, 0)
 
 
+def test_our_own_server(serve: Callable[..., ServerProcess], pki: Pki, capsys: Capture) -> None:
+    """TLS, a client's certificate and extended headers on both sides."""
+    good = f"--tls-certificates={pki.folder('good')}"
+    server = serve("--tls=require", "--tls-verify-peer", good, "memory", "1G")
+    uri = pki.uri(server, tls_hostname="localhost")
+    with connect(uri) as client:
+        assert (client.tls, client.extended_headers) == (True, True)
+        content = bytes(range(256)) * 4096
+        client.write(content, 512, fua=True)
+        assert client.read(len(content), 512) == content
+        client.zero(1024**3, 0)
+        assert client.block_status(1024**3, 0) == [(1024**3, 3)]
+    assert pynbd.main(["info", uri]) == 0
+    mine = capsys.readouterr().out
+    assert mine == run(next_peer("nbdinfo"), "--no-content", uri).stdout
+    assert mine.startswith("protocol: newstyle-fixed with TLS, using extended packets\n")
+    with pytest.raises(TlsError, match="wants a client's certificate"):
+        connect(pki.uri(server, "ca"))
+    with pytest.raises(TlsError, match=r"client-cert|client's certificate"):
+        connect(pki.uri(server, "other", tls_verify_peer="false"))
+
+
 @contextmanager
 def tcp(*arguments: str) -> Iterator[int]:
     """nbdkit on a free port of 127.0.0.1."""

@@ -23,7 +23,11 @@ info    Show what a server says of an export: size, what it can do, block
         Nothing is read from the export.
 
   URI                nbd://HOST[:PORT]/EXPORT or
-                     nbd+unix:///EXPORT?socket=PATH
+                     nbd+unix:///EXPORT?socket=PATH or, with TLS,
+                     nbds://[USER@]HOST[:PORT]/EXPORT or
+                     nbds+unix://[USER@]/EXPORT?socket=PATH, where
+                     &tls-certificates=DIR, &tls-psk-file=FILE,
+                     &tls-hostname=NAME and &tls-verify-peer=false may follow
   --json             print JSON, with the keys of nbdinfo --json; "listing"
                      has the name and description of each export
   -L, --list         show as much of every export that the server lists

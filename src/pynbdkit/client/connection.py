@@ -107,13 +107,13 @@ def negotiate(uri: Uri, handshake: ClientHandshake, timeout: float | None = None
                 if handshake.state == STARTTLS:
                     silent = True
                     sock = tls.start(sock, context, uri)
-                    sock.sendall(handshake.tls_started())
+                    _send(sock, handshake.tls_started(), True)
                 data = sock.recv(_RECEIVE)
                 if data:
                     silent = False
-                    sock.sendall(handshake.receive(data))
+                    _send(sock, handshake.receive(data), handshake.tls)
             except OSError as error:
-                if not (isinstance(error, ConnectionError) or (handshake.tls and tls.ends(error))):
+                if not _ends(error, handshake.tls):
                     raise
                 data = b""  # The server went away; whether it might, the machine knows.
             if not data and silent:
@@ -145,6 +145,24 @@ def open_socket(uri: Uri, timeout: float | None = None) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _send(sock: socket.socket, data: bytes, tls: bool) -> None:
+    """Send; a server that takes no more may have said why, which is received next."""
+    try:
+        sock.sendall(data)
+    except OSError as error:
+        if not _ends(error, tls):
+            raise
+
+
+def _ends(error: OSError, tls: bool) -> bool:
+    """Return whether an error of the socket says that the server closed the connection."""
+    if not tls:
+        return isinstance(error, ConnectionError)
+    from .tls import ends
+
+    return ends(error)
 
 
 class Client:
