@@ -114,11 +114,10 @@ def _use_certificates(context: ssl.SSLContext, uri: Uri, tls: Tls) -> None:
     # Whoever signed a certificate in ca-cert.pem, being in it is enough; so it is in GnuTLS.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     folder = _folder(tls)
-    ca = None if folder is None else os.path.join(folder, "ca-cert.pem")
-    if ca is not None and not os.path.exists(ca):
-        if tls.certificates is not None and tls.verify_peer:
-            raise TlsError(f"{ca} is missing: whom the server's certificate must be signed by")
-        ca = None
+    ca = _authority(folder)
+    if ca is None and tls.certificates is not None and tls.verify_peer:
+        missing = os.path.join(tls.certificates, "ca-cert.pem")
+        raise TlsError(f"{missing} is missing: whom the server's certificate must be signed by")
     context.check_hostname = tls.verify_peer and _hostname(uri) is not None
     if not tls.verify_peer:
         context.verify_mode = ssl.CERT_NONE
@@ -156,6 +155,12 @@ def _folder(tls: Tls) -> str | None:
     else:
         candidates = [os.path.expanduser(folder) for folder in HOME_FOLDERS]
     return next((folder for folder in candidates if os.path.isdir(folder)), None)
+
+
+def _authority(folder: str | None) -> str | None:
+    """Return the file of whom to believe, None if that is whom the system believes."""
+    path = None if folder is None else os.path.join(folder, "ca-cert.pem")
+    return path if path is not None and os.path.exists(path) else None
 
 
 def _hostname(uri: Uri) -> str | None:
@@ -282,7 +287,6 @@ def _distrust(error: ssl.SSLCertVerificationError, uri: Uri | None) -> str:
     if error.verify_code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, _IP_ADDRESS_MISMATCH.
         hint = "; tls-hostname=NAME says whom it must name"
     elif error.verify_code in (18, 19, 20, 21):  # Self-signed, or signed by someone unknown.
-        hint = "; tls-certificates=DIR has the ca-cert.pem to believe"
-        if uri is not None and uri.tls is not None and uri.tls.certificates is not None:
-            hint = f"; {uri.tls.certificates}/ca-cert.pem is another's"
+        ca = _authority(_folder(uri.tls)) if uri is not None and uri.tls is not None else None
+        hint = f"; {ca} is another's" if ca else "; tls-certificates=DIR has whom to believe"
     return f"the server's certificate is not to be trusted: {reason.rstrip('.')}{hint}"
