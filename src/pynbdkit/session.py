@@ -31,6 +31,7 @@ class Session:
     __slots__ = (
         "_credentials",
         "_disconnect",
+        "_security",
         "_shutdown",
         "_stopping",
         "export_name",
@@ -50,6 +51,7 @@ class Session:
         is_tls: bool = False,
         peer_name: Any = None,
         credentials: tuple[int, int, int] | None = None,
+        security: Callable[[], str | None] | None = None,
         shutdown: Callable[[], None] | None = None,
         disconnect: Callable[[bool], None] | None = None,
         stopping: Callable[[float], bool] | None = None,
@@ -63,6 +65,7 @@ class Session:
         self.peer_tls_user = ""
         self._credentials = credentials
         self._shutdown = shutdown
+        self._security = security
         self._disconnect = disconnect
         self._stopping = stopping
 
@@ -91,6 +94,11 @@ class Session:
     def peer_gid(self) -> int | None:
         """The peer's group id; None unless it came over a Unix socket."""
         return self._credentials[2] if self._credentials else None
+
+    @property
+    def peer_security_context(self) -> str | None:
+        """The peer's security label (SELinux, Smack); None where the system has none for it."""
+        return self._security() if self._security is not None else None
 
     def shutdown(self) -> None:
         """Ask the server to stop (running requests finish first)."""

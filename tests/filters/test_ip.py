@@ -10,22 +10,27 @@ import ipaddress
 import os
 import shlex
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import identities
 import pynbdkit
 import support
+from identities import Authority
 from pynbdkit import ConfigError, OpenError, Session
 from pynbdkit import session as sessions
 from pynbdkit.chain import Chain
 from pynbdkit.filters import ip
 from pynbdkit.filters.ip import IpFilter
+from pynbdkit.server import connection
 from recording import Recording
 
 UID, GID, PID = os.getuid(), os.getgid(), os.getpid()
@@ -393,6 +398,33 @@ def test_a_client_that_is_judged_late_learns_nothing(nbd: Any, way: str) -> None
         client.opt_abort()
 
 
+def test_certificates_as_nbdkit(sockdir: Path, tmp_path: Path, nbd: Any) -> None:
+    """The names are nbdkit's, letter by letter; who does not match can neither list nor open."""
+    authority = Authority(tmp_path)
+    fields = {"country": "US", "state": "New York", "organization": "Big, Co"}
+    alice = authority.client("alice", **fields)
+    bob = authority.client("bob", **fields)
+    rules = [r"allow=dn:CN=alice,O=Big\\, Co,ST=New York,C=US", "allow=issuer-dn:x", "deny=all"]
+    options = ("--tls=on", f"--tls-certificates={authority.server}", "--tls-verify-peer")
+    for name, command in (("ours", None), ("theirs", [support.next_peer("nbdkit")])):
+        arguments = [*options, "--filter=ip", "memory", "1M", *rules]
+        (sockdir / name).mkdir()
+        with support.ServerProcess(sockdir / name, arguments, command) as server:
+            for who in (alice, bob, None):
+                client = nbd.NBD()
+                client.set_uri_allow_local_file(True)
+                client.set_opt_mode(True)
+                client.connect_uri(identities.uri(server, who))
+                if who == alice:
+                    client.opt_list(lambda name, description: None)
+                    client.opt_go()
+                    client.shutdown()
+                else:
+                    for ask in (lambda c=client: c.opt_list(print), client.opt_info, client.opt_go):
+                        with pytest.raises(nbd.Error):
+                            ask()
+
+
 # -- security labels ---------------------------------------------------------------------------
 
 
@@ -414,6 +446,25 @@ def test_security_labels_that_the_system_has_not(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ip, "SO_PEERSEC", 32767)
     with pytest.raises(ConfigError, match="does not tell the security label"):
         IpFilter().config("deny", "security:x")
+
+
+def test_a_label_comes_from_the_socket(nbd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no labels, something else that a socket knows stands in for one."""
+    monkeypatch.setattr(connection, "SO_PEERSEC", socket.SO_PEERCRED)
+    labels = []
+
+    class Asking(Recording):
+        def preconnect(self, readonly: bool) -> None:
+            session = sessions.current()
+            assert session is not None
+            labels.append(session.peer_security_context)
+
+    with serve("unix", plugin=Asking()) as server:
+        assert gets_in(nbd, server.uri)
+        monkeypatch.setattr(connection, "SO_PEERSEC", 32767)
+        assert gets_in(nbd, server.uri)
+    packed = struct.pack("iii", PID, UID, GID).rstrip(b"\0")
+    assert labels == [packed.decode(errors="surrogateescape"), None]
 
 
 def test_the_page_has_examples_that_work() -> None:

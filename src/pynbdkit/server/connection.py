@@ -49,6 +49,10 @@ if TYPE_CHECKING:
 
     _Answer = TypeVar("_Answer")
 
+SO_PEERSEC = 31
+"""Linux's number; the socket module has no name for it."""
+MAX_LABEL = 1024
+"""Bytes of a security label: the most that the socket module can be asked for."""
 SLEEP_SLICE = 0.2
 """Seconds between looks, in a plugin's sleep, whether the client is still there."""
 
@@ -180,6 +184,7 @@ class Connection:
             readonly=server.readonly,
             peer_name=_peer_name(sock),
             credentials=_credentials(sock),
+            security=lambda: _security(sock),
             shutdown=server.stop,
             disconnect=self._disconnect,
             stopping=self._sleep,
@@ -332,6 +337,14 @@ def _credentials(sock: socket.socket) -> tuple[int, int, int] | None:
         return None
     pid, uid, gid = struct.unpack("iii", packed)
     return pid, uid, gid
+
+
+def _security(sock: socket.socket) -> str | None:
+    try:
+        label = sock.getsockopt(socket.SOL_SOCKET, SO_PEERSEC, MAX_LABEL)
+    except (AttributeError, OSError):  # two pipes, or a system without labels
+        return None
+    return label.rstrip(b"\0").decode(errors="surrogateescape")
 
 
 def needs_lock(thread_model: int) -> tuple[AbstractContextManager[Any], Any, Any]:
