@@ -263,3 +263,12 @@ def test_lines_of_threads_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     for thread in threads:
         thread.join()
     assert "".join(pieces).splitlines() == ["pynbdkit: error: banana"] * 8
+
+
+def test_an_exception_that_cannot_say_what_it_is() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise KeyboardInterrupt
+
+    assert log.describe(Mute()) == "Mute"
+    assert log.describe(OSError("one", 2)) == "OSError: [Errno one] 2"

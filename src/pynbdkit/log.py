@@ -128,10 +128,18 @@ def _is_ours(file: str) -> bool:
 
 def describe(failure: BaseException) -> str:
     """An exception in a few words."""
-    if isinstance(failure, OSError) and failure.strerror:
+    if isinstance(failure, OSError) and isinstance(failure.strerror, str) and failure.strerror:
         where = f": {failure.filename}" if failure.filename else ""
         return f"{failure.strerror}{where}"
-    text = str(failure)
+    text = text_of(failure)
     if isinstance(failure, PynbdkitError) and text:
         return text
     return f"{type(failure).__name__}: {text}" if text else type(failure).__name__
+
+
+def text_of(failure: BaseException) -> str:
+    """str() of an exception; "" where that raises one itself (somebody's own class, not ours)."""
+    try:
+        return str(failure)
+    except BaseException:
+        return ""

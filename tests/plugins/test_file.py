@@ -198,6 +198,9 @@ def test_truncated_under_the_server(
     kinds = {kind for _, kind in extents_of(client, SIZE - 12_288, 12_288)}
     assert kinds == {0}
     assert connect(server).get_size() == 10_000
+    # A zero that was answered reads as zeros, as a write that was answered is there.
+    client.zero(4096, 16_384)
+    assert client.pread(4096, 16_384) == bytes(4096)
     assert server.process.poll() is None
 
 

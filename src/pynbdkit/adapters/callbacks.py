@@ -53,7 +53,7 @@ def failed(failure: BaseException) -> BaseException:
 
 def _words(failure: BaseException) -> str:
     """An exception as the last line of its traceback has it."""
-    text = str(failure)
+    text = log.text_of(failure)
     return f"{type(failure).__name__}: {text}" if text else type(failure).__name__
 
 

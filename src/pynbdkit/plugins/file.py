@@ -381,7 +381,9 @@ class FileDevice(Device):
         self._fallocate(_PUNCH, count, offset)
 
     def _make_zeros(self, count: int, offset: int, flags: int) -> None:
-        if flags & Flag.MAY_TRIM and self._fallocate(_PUNCH, count, offset):
+        punched = flags & Flag.MAY_TRIM and self._fallocate(_PUNCH, count, offset)
+        # Beyond the end (of a file that was truncated) a hole would not read as zeros.
+        if punched and os.fstat(self._fd).st_size >= offset + count:
             return
         if self._fallocate(fallocate.ZERO_RANGE, count, offset):
             return
