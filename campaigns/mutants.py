@@ -1,0 +1,81 @@
+"""Mutants: copies of the source that break one promise each, to see the campaign notice.
+
+A campaign that finds nothing has shown something only if it would have found what it looks for.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parent.parent / "src"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A change of one module, the ways of looking that have to notice it, and under which load."""
+
+    file: str
+    old: str
+    new: str
+    seen_by: tuple[str, ...]
+    load: str
+
+
+MUTANTS = {
+    "a write with FUA is answered without a sync": Mutant(
+        "plugins/_stable.py",
+        "            if self._dsync and self._write_dsync(fd, buf, offset):\n"
+        "                return\n"
+        "            write_all(fd, buf, offset)\n"
+        "            self._fdatasync(fd)\n",
+        "            write_all(fd, buf, offset)\n",
+        ("order", "power"),
+        "fua, alone",
+    ),
+    "a group of writes with FUA is answered without a sync": Mutant(
+        "plugins/file.py",
+        "            write_all(self._fd, buf, offset)\n        self._stable.sync()\n",
+        "            write_all(self._fd, buf, offset)\n",
+        ("order", "power"),
+        "fua",
+    ),
+    "a flush does nothing": Mutant(
+        "plugins/file.py",
+        "        if self._writable:\n            self._stable.sync()\n",
+        "        if self._writable:\n            pass\n",
+        ("order", "power"),
+        "flush",
+    ),
+    "zero and trim with FUA are answered without a sync": Mutant(
+        "plugins/file.py",
+        "        if flags & Flag.FUA:\n            self._stable.sync()\n",
+        "",
+        ("order", "power"),
+        "zero",
+    ),
+    "a write is answered one write before it is done": Mutant(
+        "plugins/file.py",
+        "            write_all(self._fd, buf, offset)\n\n    def pwrite_group",
+        "            late = self.__dict__.pop('late', None)\n"
+        "            self.late = (bytes(buf), offset)\n"
+        "            if late:\n"
+        "                write_all(self._fd, *late)\n\n    def pwrite_group",
+        ("kill", "order"),
+        "mixed",
+    ),
+}
+
+
+def make(name: str, folder: Path) -> Path:
+    """A source tree with this mutant, below `folder`. Raises ValueError where it is out of date."""
+    mutant = MUTANTS[name]
+    tree = folder / "src"
+    shutil.copytree(SOURCE, tree, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    file = tree / "pynbdkit" / mutant.file
+    text = file.read_text()
+    if mutant.old not in text:
+        raise ValueError(f"mutant {name!r}: {mutant.file} has changed; adapt campaigns/mutants.py")
+    file.write_text(text.replace(mutant.old, mutant.new))
+    return tree
