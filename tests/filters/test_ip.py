@@ -423,6 +423,7 @@ def test_certificates_as_nbdkit(sockdir: Path, tmp_path: Path, nbd: Any) -> None
                     for ask in (lambda c=client: c.opt_list(print), client.opt_info, client.opt_go):
                         with pytest.raises(nbd.Error):
                             ask()
+                    client.opt_abort()
 
 
 # -- security labels ---------------------------------------------------------------------------
