@@ -360,7 +360,7 @@ def test_nbdcopy_there_and_back(
     assert back.stat().st_blocks < IMAGE_SIZE // 512 // 2
 
 
-@pytest.mark.parametrize("words", [("--no-eh",)], ids=["no-eh"])
+@WAYS
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
 def test_qemu_img_there_and_back(
     words: tuple[str, ...], kind: str, image: Path, tmp_path: Path, serve: Serve

@@ -59,8 +59,8 @@ class SentExtended(Sent):
         return struct.pack(">IHHQQQ", *header) + self.payload
 
     def parsed(self, limit: int = LIMIT) -> Parsed:
-        """What the parser must make of it: a write with a payload loses the flag."""
-        if not self.flags & PAYLOAD_LEN or not self.length:
+        """What the parser must make of it: a write with a payload loses the flag, if it had it."""
+        if not self.length or not (self.kind == WRITE or self.flags & PAYLOAD_LEN):
             return (*self[:5], None)
         flags = self.flags & ~PAYLOAD_LEN if self.kind == WRITE else self.flags
         return (flags, *self[1:5], self.payload if self.length <= limit else None)
@@ -101,11 +101,23 @@ writes = st.builds(
 )
 requests = st.lists(others | writes, max_size=12)
 without_payload = st.builds(
-    SentExtended, u16.map(lambda flags: flags & ~PAYLOAD_LEN), u16, u64, u64, u64, st.just(b"")
+    SentExtended,
+    u16.map(lambda flags: flags & ~PAYLOAD_LEN),
+    u16.filter(lambda kind: kind != WRITE),
+    u64,
+    u64,
+    u64,
+    st.just(b""),
 )
 with_payload = st.builds(
     lambda flags, kind, cookie, offset, count: SentExtended(
-        flags | PAYLOAD_LEN, kind, cookie, offset, count, noise(count, cookie & 0xFF)
+        # Not every client sets the flag on a write, though it must.
+        flags if kind == WRITE else flags | PAYLOAD_LEN,
+        kind,
+        cookie,
+        offset,
+        count,
+        noise(count, cookie & 0xFF),
     ),
     u16,
     st.just(WRITE) | u16,

@@ -131,6 +131,19 @@ def test_the_whole_disk_in_one_request(
     assert calls == [call]
 
 
+def test_a_write_without_the_flag_has_its_payload_all_the_same(
+    server: RunningServer, calls: list[tuple[Any, ...]]
+) -> None:
+    """QEMU 10 does not set the flag; what it writes may look like a request."""
+    data = struct.pack(">IHHQQQ", 0x21E41C71, 0, TRIM, 7, 0, 512)
+    with extended(server) as client:
+        client.ask(WRITE, 5, 512, len(data), 0, data)
+        assert client.extended_chunk() == (5, 512, 1, NONE, b"")
+        client.ask(FLUSH, 6)
+        assert client.extended_chunk()[0] == 6
+    assert calls == [("pwrite", data, 512, 0), ("flush",)]
+
+
 def test_a_reply_tells_the_requests_offset_again(server: RunningServer) -> None:
     with extended(server) as client:
         client.ask(TRIM, 5, 4096, 512)
@@ -181,7 +194,7 @@ def test_what_would_take_for_ever_ends_with_its_connection(kind: int, ending: st
 @pytest.mark.parametrize(
     ("kind", "offset", "count", "flags", "payload", "chunk"),
     [
-        (WRITE, 0, 512, 0, b"", ERROR),  # no payload, as the flag says
+        (WRITE, SIZE, 512, PAYLOAD_LEN | 1 << 9, bytes(512), ERROR),
         (READ, 4, 512, PAYLOAD_LEN, bytes(512), ERROR_OFFSET),
         (TRIM, 0, 4, PAYLOAD_LEN, b"abcd", ERROR),
         (FLUSH, 0, 4, PAYLOAD_LEN, b"abcd", ERROR),

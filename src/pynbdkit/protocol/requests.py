@@ -9,9 +9,10 @@ A request is a plain tuple, because it is made once per request on the hot path:
 ``(flags, kind, cookie, offset, count, payload)``; `payload` is None but for a write, and for a
 write over the limit, whose payload is skipped as it arrives, without being stored.
 
-With extended headers the flag PAYLOAD_LEN alone says whether a payload follows; a write that has
-one comes out without the flag, so that it looks the same in both forms. All other requests keep
-it: `count` is then the length of their payload.
+With extended headers the flag PAYLOAD_LEN says whether a payload follows. A write comes out without
+the flag, so that it looks the same in both forms, and has its payload even if the client forgot the
+flag that it must set: QEMU 10 does, and its data must not be taken for requests. All others keep
+the flag: `count` is then the length of their payload.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ class RequestParser:
         return result
 
     def _parse_extended(self) -> list[Request]:
-        """As `_parse`; a payload is where the flag says so, whatever the command."""
+        """As `_parse`; a payload is where the flag says so, and behind every write."""
         view, start, end = self._view, self._start, self._end
         result: list[Request] = []
         append = result.append
@@ -180,7 +181,7 @@ class RequestParser:
             if magic != EXTENDED_REQUEST_MAGIC:
                 self.broken = f"request with magic number {magic:#x}, not the extended one"
                 break
-            if not flags & CMD_FLAG_PAYLOAD_LEN or not count:
+            if not (count and (kind == CMD_WRITE or flags & CMD_FLAG_PAYLOAD_LEN)):
                 append((flags, kind, cookie, offset, count, None))
                 start += 32
                 continue
