@@ -196,6 +196,63 @@ def test_user_and_group(options: list[str], groups: list[str] | None, sockdir: P
     assert others.split() == groups
 
 
+CLIMBER = """\
+import ctypes, os
+def open(readonly): return 1
+def pread(h, count, offset): return bytes(count)
+def get_size(h):
+    "How many ways lead back to root."
+    found = 0
+    zero = ctypes.CDLL(None).setfsuid
+    for call in (
+        lambda: os.setuid(0), lambda: os.seteuid(0), lambda: os.setreuid(0, 0),
+        lambda: os.setresuid(0, 0, 0), lambda: os.setgid(0), lambda: os.setegid(0),
+        lambda: os.setresgid(0, 0, 0), lambda: os.setgroups([0]), lambda: os.chroot("/"),
+        lambda: os.chown(os.environ["ROOTS"], 0, 0), lambda: os.listdir(os.environ["ROOTS"]),
+        lambda: zero(0) == zero(0) == 0 or 1 / 0,
+    ):
+        try:
+            call()
+            found += 1
+        except (OSError, ZeroDivisionError):
+            pass
+    return found
+"""
+
+
+@pytest.mark.parametrize(
+    "options", [["-u", NOBODY], ["-u", NOBODY, "-g", "daemon"], ["-u", "12345", "-g", "12345"]]
+)
+@pytest.mark.parametrize("mode", ["666", "600"])
+def test_nothing_leads_back_to_root(
+    options: list[str], mode: str, sockdir: Path, connect: Connect
+) -> None:
+    """No id, group or capability is left by which root's rights could be had again."""
+    need_root("becoming another user")
+    sockdir.chmod(0o755)
+    (sockdir / "roots").mkdir(0o700)
+    (sockdir / "climb.py").write_text(CLIMBER)
+    words = ["-f", "-U", f"{sockdir}/s", "--unix-mode", mode, *options]
+    environment = {**os.environ, "ROOTS": str(sockdir / "roots")}
+    with running(*words, "--print-uri", sockdir / "climb.py", stdout=-1, env=environment) as it:
+        assert it.stdout is not None
+        assert it.stdout.readline()
+        status = status_of(it.pid)
+        handle = connect(f"nbd+unix:///?socket={sockdir}/s")
+        assert handle.get_size() == 0
+        handle.shutdown()
+        socket_now = (sockdir / "s").stat()
+    user = 65534 if NOBODY in options else 12345
+    group = {"daemon": 1, "12345": 12345}.get(options[-1], 65534)
+    assert status["Uid"].split() == [str(user)] * 4
+    assert status["Gid"].split() == [str(group)] * 4
+    assert set(status["Groups"].split()) == {str(group)}
+    for kind in ("CapEff", "CapPrm", "CapInh", "CapAmb"):
+        assert int(status[kind], 16) == 0, kind
+    assert socket_now.st_mode & 0o777 == int(mode, 8)
+    assert (socket_now.st_uid, socket_now.st_gid) == (0, 0)  # as nbdkit leaves it
+
+
 def test_the_pidfile_of_a_daemon_is_its_callers(sockdir: Path) -> None:
     """A folder such as /run is writable for root alone: the caller writes there."""
     need_root("becoming another user")

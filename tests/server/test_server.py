@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
 import struct
 import sys
@@ -720,6 +721,127 @@ def test_a_failing_accept_is_not_the_end(sockdir: Path, capsys: pytest.CaptureFi
     text = capsys.readouterr().err
     assert text.count("error: accept: ") == 4
     assert "Traceback" not in text
+
+
+def test_a_server_that_cannot_accept_rests_and_says_it_once(
+    sockdir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the log nor the processor is filled while the trouble lasts."""
+    plain = listen_unix(str(sockdir / "socket"))
+    listener = Unlucky(fileno=plain.detach())
+    listener.failures = [OSError(errno.EMFILE, "Too many open files") for _ in range(8)]
+    server = Server(Chain(Recorder()), [listener])
+    server.start()
+    began = time.monotonic()
+    with Raw(str(sockdir / "socket")) as client:
+        assert client.size == SIZE
+        assert time.monotonic() - began >= 7 * server_module.SLICE
+    server.close()
+    assert capsys.readouterr().err == "pynbdkit: error: accept: Too many open files\n"
+
+
+def test_the_same_trouble_is_said_again_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    server = Server(Chain(Recorder()))
+    for step in (0.0, 1.0, 5.0, server_module.QUIET, 0.0):
+        now += step
+        server._complain("too many")
+    server._complain("another")
+    server.close()
+    server.run()
+    assert capsys.readouterr().err.split("error: ")[1:] == [
+        "too many\npynbdkit: ",
+        "too many\npynbdkit: ",
+        "another\n",
+    ]
+
+
+def test_a_server_that_rests_can_be_stopped(sockdir: Path) -> None:
+    plain = listen_unix(str(sockdir / "socket"))
+    listener = Unlucky(fileno=plain.detach())
+    listener.failures = [OSError(errno.EMFILE, "Too many open files") for _ in range(1000)]
+    server = Server(Chain(Recorder()), [listener])
+    server.start()
+    with Raw(str(sockdir / "socket"), go=False) as client:
+        assert becomes(lambda: len(listener.failures) < 1000)
+        began = time.monotonic()
+        server.close()
+        assert time.monotonic() - began < 5
+        assert client.at_end()
+
+
+def test_out_of_descriptors(serve: Callable[..., Any]) -> None:
+    """Who is connected goes on; who comes waits, and is served when there is room."""
+    server = serve("memory", "1M")
+    pid = server.process.pid
+    with Raw(str(server.socket)) as first:
+        used = len(os.listdir(f"/proc/{pid}/fd"))
+        _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 1, hard))
+        others = [Raw(str(server.socket), go=False) for _ in range(10)]
+        assert becomes(lambda: "accept: Too many open files" in server.log())
+        first.ask(READ, 1, 0, 512)
+        assert first.receive(16 + 512)[4:8] == bytes(4)
+        for other in others:  # each leaves room for the next
+            assert other.receive(8) == b"NBDMAGIC"
+            other.close()
+        with Raw(str(server.socket)) as last:
+            assert last.size == SIZE
+    assert server.log().count("Too many open files") <= 2
+
+
+# -- many clients, and slow ones -------------------------------------------------------------------
+
+
+BEGINNINGS = {
+    "says nothing": b"",
+    "half its flags": b"\0\0",
+    "no option": b"\0\0\0\3",
+    "half an option": b"\0\0\0\3IHAVEOPT\0\0",
+    "no payload": b"\0\0\0\3IHAVEOPT\0\0\0\7\0\0\0\6",
+    "an option at a time": b"\0\0\0\3IHAVEOPT\0\0\0\x08\0\0\0\0",
+}
+
+
+def test_clients_that_stall_in_their_handshake_hold_up_nobody() -> None:
+    with serving(Recorder()) as server:
+        stalled = [client_of(server, go=False) for _ in range(5 * len(BEGINNINGS))]
+        for client, beginning in zip(stalled, [*BEGINNINGS.values()] * 5, strict=True):
+            client.send(beginning)
+        with client_of(server) as client:
+            assert client.size == SIZE
+        for client in stalled:
+            assert client.receive(18)[:8] == b"NBDMAGIC"
+            client.close()
+        assert becomes(lambda: server.connections == 0)
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_a_storm_of_clients_is_served_to_the_last(tcp: bool) -> None:
+    """All of them at once: what the queue of the listening socket does not hold waits."""
+    options: dict[str, Any] = {"tcp": ("127.0.0.1", 0)} if tcp else {}
+    with serving(Recorder(), **options) as server:
+        connect = over_tcp if tcp else client_of
+        clients = [connect(server, go=False) for _ in range(300)]
+        for client in clients:
+            assert client.receive(18)[:8] == b"NBDMAGIC"
+        assert server.connections == 300
+        for client in clients:
+            client.close()
+        assert becomes(lambda: server.connections == 0)
+
+
+def test_tcp_clients_that_go_silent_are_found_out() -> None:
+    """The values are tested with `tune`; here, that every accepted client gets them."""
+    with serving(Recorder(), tcp=("127.0.0.1", 0)) as server, over_tcp(server) as client:
+        assert client.sock
+        (connection,) = server._server._connections
+        options = socket.TCP_KEEPIDLE, socket.TCP_USER_TIMEOUT, socket.TCP_NODELAY
+        found = [connection._sock.getsockopt(socket.IPPROTO_TCP, option) for option in options]
+        assert found == [60, 180_000, 1]
 
 
 def test_a_client_for_whom_there_is_no_thread_is_dropped(

@@ -142,7 +142,7 @@ class Service:
             if line.swap:
                 from .system import lock_memory
 
-                lock_memory()
+                lock_memory(line.user)
             if self._identity.changes:
                 from .preload import preload
 

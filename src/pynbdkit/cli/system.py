@@ -20,36 +20,39 @@ LOCKED_STACK: Final = 1 << 20
 that a thread hardly touches; locked, each thread would have them as memory of its own."""
 _OTHER_FLAGS: Final = ("alpha", "ppc", "sparc")
 """Machines whose MCL_CURRENT and MCL_FUTURE are not 1 and 2."""
+ROOM: Final = 256 << 20
+"""Bytes that a server without privileges has to be allowed to lock, or it is not begun."""
 LIBSELINUX: Final = "libselinux.so.1"
 
 
-def lock_memory() -> None:
+def lock_memory(user: str | None = None) -> None:
     """Keep all of the process's memory in RAM, what it will get as well (mlockall(2)).
 
     A child does not inherit this, so it is for the process that serves; and privileges are needed,
-    so it is for the time before they are dropped. Raises ConfigError.
+    so it is for the time before they are dropped. `user`: whom the server will become. Raises
+    ConfigError.
     """
     import ctypes
     import resource
     import threading
 
-    # What is allocated after -u counts against the limit of a user without privileges.
-    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    limit = resource.RLIM_INFINITY
     try:
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
-    except (OSError, ValueError):
-        pass  # we may not raise it; perhaps it is high enough
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
+    except (OSError, ValueError):  # we may not raise it: perhaps it is high enough
+        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    hint = "raise the limit: ulimit -l, LimitMEMLOCK="
+    if user is not None and limit != resource.RLIM_INFINITY and limit < ROOM:
+        # For root there is no limit; for the user even a thread's stack would soon be refused.
+        raise ConfigError(f"--swap: {user} may lock {limit >> 10} KiB of memory only ({hint})")
     threading.stack_size(LOCKED_STACK)
-    library = ctypes.CDLL(None, use_errno=True)
-    mlockall = getattr(library, "mlockall", None)
+    mlockall = getattr(ctypes.CDLL(None, use_errno=True), "mlockall", None)
     if mlockall is None:
         raise ConfigError("--swap: this system cannot lock memory (it has no mlockall)")
     flags = 0x2000 | 0x4000 if os.uname().machine.startswith(_OTHER_FLAGS) else 1 | 2
     if mlockall(flags) != 0:
-        raise ConfigError(
-            f"--swap: cannot lock memory: {os.strerror(ctypes.get_errno())}"
-            " (start as root, or raise the limit: ulimit -l, LimitMEMLOCK=)"
-        )
+        why = os.strerror(ctypes.get_errno())
+        raise ConfigError(f"--swap: cannot lock memory: {why} (start as root, or {hint})")
 
 
 @contextmanager
