@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from command import COMMAND
+from raw import Raw
 from support import ServerProcess, program, pynbdkit
 
 Serve = Callable[..., ServerProcess]
@@ -487,14 +488,48 @@ def test_parameters(words: list[str], out: str, says: str, sockdir: Path) -> Non
         (["--mask-handshake=0"], "get_protocol", "newstyle"),
         (["--mask-handshake=2"], "get_protocol", "newstyle"),
         (["--mask-handshake=1"], "get_protocol", "newstyle-fixed"),
+        (["-o"], "get_protocol", "oldstyle"),
+        (["-o", "-r"], "is_read_only", True),
+        (["-o", "-n"], "get_protocol", "newstyle-fixed"),
+        (["--no-mc"], "get_structured_replies_negotiated", True),
     ],
 )
 def test_options_of_the_protocol(
     options: list[str], question: str, answer: object, serve: Serve, connect: Connect
 ) -> None:
-    contexts = () if "--mask" in str(options) else ("base:allocation",)
+    contexts = () if "--mask" in str(options) or "-o" in options else ("base:allocation",)
     handle = connect(serve(*options, "memory", "1M"), contexts=contexts)
     assert getattr(handle, question)() == answer
+
+
+@pytest.mark.parametrize(("options", "there"), [([], True), (["--no-mc"], False)])
+def test_meta_contexts(options: list[str], there: bool, serve: Serve, connect: Connect) -> None:
+    handle = connect(serve(*options, "memory", "1M"))
+    assert handle.can_meta_context("base:allocation") == there
+
+
+@pytest.mark.parametrize(("options", "granted"), [([], True), (["--no-eh"], False)])
+def test_extended_headers(options: list[str], granted: bool, serve: Serve) -> None:
+    with Raw(str(serve(*options, "memory", "1M").socket), go=False) as client:
+        client.receive(18)
+        client.send(bytes([0, 0, 0, 3]))
+        client.option(11)
+        assert client.reply()[1] == (1 if granted else 0x80000001)
+
+
+def test_a_handshake_has_its_time(serve: Serve, connect: Connect) -> None:
+    """Not a connection after it; and 0 is for ever."""
+    server = serve("--timeout=200ms", "memory", "1M")
+    patient = serve("--timeout=0", "memory", "1M")
+    handle = connect(server)
+    with Raw(str(server.socket), go=False) as client, Raw(str(patient.socket), go=False) as other:
+        client.receive(18)
+        assert client.at_end()
+        assert handle.pread(512, 0) == bytes(512)
+        other.receive(18)
+        other.send(bytes([0, 0, 0, 3]))
+        other.option(2)
+        assert other.reply()[1] == 1
 
 
 PARALLEL = """\
