@@ -29,7 +29,7 @@ CA, CERTIFICATE, KEY, CRL = "ca-cert.pem", "server-cert.pem", "server-key.pem", 
 CIPHERS: Final = "ECDHE+AESGCM:ECDHE+CHACHA20"
 """For TLS 1.2; those of TLS 1.3 are all good."""
 PSK_CIPHERS: Final = "ECDHE-PSK-CHACHA20-POLY1305:kECDHEPSK+AES"
-"""For TLS 1.2. TLS 1.3 takes AES-128-GCM for pre-shared keys."""
+"""For TLS 1.2. TLS 1.3 takes ChaCha20 for pre-shared keys: it wants SHA-256 with them."""
 LONGEST_KEY: Final = 256
 """Bytes of a pre-shared key that OpenSSL takes."""
 _SHORT: Final = {
@@ -39,11 +39,13 @@ _SHORT: Final = {
     "organizationName": "O",
     "organizationalUnitName": "OU",
     "countryName": "C",
-    "streetAddress": "STREET",
+    "streetAddress": "street",
     "domainComponent": "DC",
     "userId": "UID",
     "emailAddress": "EMAIL",
+    "surname": "surName",
 }
+"""From OpenSSL's names to those of RFC 4514, and GnuTLS's where that has none; others agree."""
 
 
 def default_folders() -> list[str]:

@@ -176,6 +176,9 @@ class SecureStream:
             try:
                 while filled < size:
                     count: Any = read(size - filled, view[filled:])
+                    if not count:  # the client has said goodbye
+                        self._ended = True
+                        break
                     filled += count
                     if filled < size and not incoming.pending:
                         break  # spares the exception that would say so
