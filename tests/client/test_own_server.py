@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -51,6 +52,17 @@ def test_info_is_nbdinfos(
     lines = run(next_peer("nbdinfo"), *words, memory.uri).stdout.splitlines(keepends=True)
     expected = "".join(line for line in lines if "content" not in line)
     assert capsys.readouterr().out == expected
+
+
+def test_info_as_json_is_nbdinfos(
+    memory: pynbdkit.RunningServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pynbd.main(["info", "--json", memory.uri]) == 0
+    mine = json.loads(capsys.readouterr().out)
+    del mine["listing"]
+    theirs = run(next_peer("nbdinfo"), "--json", "--no-content", memory.uri).stdout
+    assert mine == json.loads(theirs)
+    assert mine["extended"] is True
 
 
 class Sparse(pynbdkit.Device):

@@ -23,6 +23,8 @@ from pynbdkit.client import tls as client_tls
 from pynbdkit.client.tls import TlsError
 from pynbdkit.protocol import constants as nbd
 from pynbdkit.protocol.errors import HandshakeError, ProtocolError
+from pynbdkit.protocol.handshake_server import ExportInfo, ExportSource, ServerHandshake
+from pynbdkit.protocol.requests import encode_request
 from support import ROOT, ServerProcess, next_peer, program, run
 
 Nbdkit = Callable[..., ServerProcess]
@@ -553,6 +555,41 @@ def test_a_server_that_leaves_later(play: Play, pki: Pki) -> None:
 
     with pytest.raises(ProtocolError, match="closed the connection instead of answering"):
         connect(play(over_tls(pki, serve)))
+
+
+def test_close_says_goodbye_and_does_not_wait(play: Play, pki: Pki) -> None:
+    """The end of TLS is told (close_notify), to a server that never answers it."""
+    ends: list[bytes] = []
+    told, closed = threading.Event(), threading.Event()
+
+    class Exports(ExportSource):
+        def list_exports(self) -> list[tuple[str, str]]:
+            return []
+
+        def open(self, name: str) -> ExportInfo:
+            return ExportInfo(name, 512, nbd.FLAG_HAS_FLAGS)
+
+    def serve(sock: socket.socket) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        good = pki.folder("good")
+        context.load_cert_chain(good / "server-cert.pem", good / "server-key.pem")
+        handshake = ServerHandshake(Exports(), extended_headers=False)
+        handshake.greeting()
+        handshake.receive(b"\0\0\0\3")
+        # Without close_notify the end of the connection is an SSLEOFError.
+        with context.wrap_socket(sock, server_side=True, suppress_ragged_eofs=False) as encrypted:
+            while handshake.state == "OPTIONS":
+                encrypted.sendall(handshake.receive(encrypted.recv(4096)))
+            ends.append(encrypted.recv(4096))
+            closed.wait(30)
+            ends.append(encrypted.recv(4096))
+            told.set()
+
+    client = connect(play(serve))
+    client.close()
+    closed.set()
+    assert told.wait(30)
+    assert ends == [encode_request(nbd.CMD_DISC, 1), b""]
 
 
 def test_old_versions_of_tls_are_refused(play: Play, pki: Pki) -> None:

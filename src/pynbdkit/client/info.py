@@ -109,8 +109,7 @@ def _ask(uri: Uri, timeout: float | None) -> ServerReport:
     try:
         sock = negotiate(uri, handshake, timeout)
     except HandshakeError as refusal:
-        no_info = refusal.code == nbd.REP_ERR_UNSUP and handshake.tls == (uri.tls is not None)
-        if not no_info:
+        if refusal.code != nbd.REP_ERR_UNSUP:
             raise _with_listing(refusal, handshake.exports) from None
     else:
         if handshake.export is not None and handshake.protocol == "oldstyle":
