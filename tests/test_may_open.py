@@ -119,6 +119,16 @@ class ByName(Recording):
         return session.export_name.startswith("o")
 
 
+def test_the_default_is_listed_where_what_it_stands_for_may_be_opened(nbd: Any) -> None:
+    class Default(ByName):
+        def default_export(self, readonly: bool, is_tls: bool) -> str:
+            return "open"
+
+    with pynbdkit.serve(Default()) as server:
+        assert listed(nbd, server.uri) == ["", "open"]
+        opened(nbd, server.uri).shutdown()
+
+
 @pytest.mark.parametrize("filters", [(), ("nofilter",)], ids=["bare", "filtered"])
 def test_every_way_to_ask(nbd: Any, filters: tuple[str, ...]) -> None:
     """Information, contexts, the old way to open, the default's name: nothing is opened."""

@@ -18,6 +18,7 @@ from pynbdkit.flags import ThreadModel
 from pynbdkit.loader import load_plugin
 from pynbdkit.plugin import Plugin
 from pynbdkit.plugins.python import Python
+from pynbdkit.session import Session
 
 EXAMPLES = support.ROOT / "examples"
 NATIVE = """
@@ -270,3 +271,11 @@ def test_every_step_reaches_the_plugin_in_the_file() -> None:
     """
     steps = {name for name, step in vars(Plugin).items() if callable(step) and name[0] != "_"}
     assert steps - set(vars(Python)) == {"load"}
+
+
+def test_the_plugin_in_the_file_says_who_may_open_what(tmp_path: Path) -> None:
+    said = "    def may_open(self, session):\n        return session.export_name == 'public'\n"
+    (tmp_path / "native").write_text(NATIVE.replace("    def open(", f"{said}\n    def open("))
+    plugin = Python(script=str(tmp_path / "native"), size="1M")
+    assert plugin.may_open(Session(export_name="public"))
+    assert not plugin.may_open(Session(export_name="other"))
