@@ -409,7 +409,7 @@ class Client:
             raise self._broken(_explained(error, self.tls)) from None
         for reply in replies:
             if reply.error:
-                number = _ERRNO.get(reply.error, errno.EIO)
+                number = _ERRNO.get(reply.error, errno.EINVAL)  # "Error values".
                 raise OSError(number, reply.message or os.strerror(number))
         return replies
 
