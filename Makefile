@@ -1,5 +1,6 @@
 # make test     everything that has to hold: lint, format, types, tests (installs what it needs)
 # make load     many clients, and what they cost (LOAD="--short" for a short run)
+# make crash    the server killed, its power cut, its resources gone (CRASH="--minutes 1" for a short run)
 # make bench    side by side with the peers that are installed (BENCH="--quick" for a short run)
 
 PYTHON ?= python3
@@ -7,8 +8,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 WORKERS ?= 2
 TESTS ?= tests
+CRASH ?= --minutes 20
 
-.PHONY: all test check pytest bench load peers peers-next venv clean
+.PHONY: all test check pytest bench crash load peers peers-next venv clean
 
 all: test
 
@@ -27,6 +29,11 @@ bench: venv peers
 
 load: venv peers
 	$(BIN)/python campaigns/load.py $(LOAD)
+
+crash: venv peers
+	$(BIN)/python campaigns/crash.py $(CRASH)
+	$(BIN)/python campaigns/crash.py --mutants
+	$(BIN)/python campaigns/faults.py
 
 venv: $(VENV)/.installed
 

@@ -1,8 +1,8 @@
 """The server dies amid writes, again and again: is what it had promised there?
 
-    python campaigns/crash.py [--minutes 20] [--only kill,power,order] [--chain NAME] [--mutants]
+    python campaigns/crash.py [--minutes 20] [--only kill,power,raw,order] [--mutants]
 
-Three ways of looking, each with several chains of filters over the file plugin, and a load of
+Four ways of looking, each with several chains of filters over the file plugin, and a load of
 writes, zeros, trims and flushes, with and without FUA, on up to four connections with up to sixteen
 in flight on each:
 
@@ -12,6 +12,7 @@ in flight on each:
 - power: the file is on a filesystem whose device keeps its history (power.py). For many moments
   right after an answer, a disk is built as a power cut may leave it; mounted, it has to hold
   everything that was promised by then.
+- raw: the same, but what is served is the device itself, without a filesystem.
 - order: strace watches; each answer is to come after the sync that it speaks of.
 
 With --mutants, each mutant of the source (mutants.py) is run instead, until one is noticed by every
@@ -31,16 +32,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import mutants
-from ledger import Ledger
+from ledger import TRIM, Ledger
 from power import LOSSES, Device
 from writers import LOADS, Writers
 
@@ -65,9 +66,13 @@ CHAINS: dict[str, tuple[str, ...]] = {
         f"offset={SHIFT}", "logfile={disk}.log", "zeromode=emulate",
     ),
 }  # fmt: skip
-ORDERED = tuple(chain for chain in CHAINS if chain != "fua always")
-"""Where a flush syncs: with every write stable already, it has nothing to do."""
-WAYS = ("kill", "power", "order")
+NOT_WITH = {
+    # With every write stable already, a flush has nothing to do, so there is no sync to be seen.
+    ("order", "fua always"),
+    # Its log would be in /dev.
+    ("raw", "many filters"),
+}
+WAYS = ("kill", "power", "raw", "order")
 ATTEMPTS = 10
 """Rounds in which a mutant has to be noticed: somebody else's sync may hide it for a while."""
 
@@ -156,11 +161,13 @@ class Campaign:
         client.shutdown()
         return [] if same else ["the restarted server reads something else than the file has"]
 
-    def _writers(self, uri: str, ledger: Ledger) -> Writers:
+    def _writers(self, uri: str, ledger: Ledger, without: str = "-") -> Writers:
         """The mixed load in half of the rounds, one of the others in the rest."""
         rng = self._rng
         name = self._load or rng.choice(["mixed"] * (len(LOADS) - 1) + [*LOADS][1:])
-        return Writers(self._nbd, uri, ledger, rng, LOADS[name])
+        load = LOADS[name]
+        mix = {kind: weight for kind, weight in load.mix.items() if not kind.startswith(without)}
+        return Writers(self._nbd, uri, ledger, rng, replace(load, mix=mix))
 
     # -- ways of looking -------------------------------------------------------------------------
 
@@ -239,30 +246,65 @@ class Campaign:
                 ledger = Ledger(self._make_disk(root / "disk"))
                 support.run("sync", "-f", root)
                 device.begin()
-                server = self._serve(root / "disk")
-                try:
-                    writers = self._writers(server.uri, ledger)
-                    end = time.monotonic() + seconds
-                    writers.run(lambda: time.monotonic() < end)
-                finally:
-                    server.stop(signal.SIGKILL)
+                writers = self._load_for(seconds, root / "disk", ledger)
+
+        def recover(disk: bytearray) -> bytes:
+            image.write_bytes(disk)
+            with mounted(image, point, "loop") as root:
+                return self._content(root / "disk")
+
+        return self._cut(cuts, device, ledger, writers, recover)
+
+    def raw(self, cuts: int = 40, seconds: float = 1.0) -> Result:
+        """As `power`, with the device itself as the disk."""
+        device = Device(SIZE)
+        device.pwrite(self._rng.randbytes(SIZE // 2), 0, 0)
+        device.begin()
+        ledger = Ledger(device.pread(SIZE, 0, 0))
+        with (
+            pynbdkit.serve(device) as export,
+            attached(export.uri, self._folder / "fuse") as block,
+        ):
+            # It has no trim, so a trim may leave what was there: more than the ledger allows.
+            writers = self._load_for(seconds, block, ledger, without=TRIM)
+        return self._cut(cuts, device, ledger, writers, bytes)
+
+    def _load_for(self, seconds: float, disk: Path, ledger: Ledger, without: str = "-") -> Writers:
+        """Serve a disk, and write to it; returns the writers that did."""
+        server = self._serve(disk)
+        try:
+            writers = self._writers(server.uri, ledger, without)
+            end = time.monotonic() + seconds
+            writers.run(lambda: time.monotonic() < end)
+        finally:
+            server.stop(signal.SIGKILL)
+        return writers
+
+    def _cut(
+        self,
+        cuts: int,
+        device: Device,
+        ledger: Ledger,
+        writers: Writers,
+        recover: Callable[[bytearray], bytes],
+    ) -> Result:
+        """Cut the power right after some of the answers; `recover`: from a device to the disk."""
         problems = [f"{what}: errno {number}" for what, number in writers.errors]
         moments = sorted({entry.promised for entry in ledger.promised})
-        for moment in self._rng.sample(moments, min(cuts, len(moments))):
+        chosen = self._rng.sample(moments, min(cuts, len(moments)))
+        for moment in chosen:
             loss = self._rng.choice(LOSSES)
-            image.write_bytes(device.after(moment, loss, self._rng))
-            with mounted(image, point, "loop") as root:
-                found = self._content(root / "disk")
+            found = recover(device.after(moment, loss, self._rng))
             problems += [
                 f"power cut, {loss} lost: {problem}" for problem in ledger.check(found, moment)
             ]
-        answered = len(ledger.answered)
-        return Result(1, answered, len(ledger.promised), min(cuts, len(moments)), problems)
+        answered, promised = len(ledger.answered), len(ledger.promised)
+        return Result(1, answered, promised, len(chosen), problems)
 
     def run(self, way: str) -> Result:
         """One round of a way of looking."""
-        round: Result = {"kill": self.kill, "power": self.power, "order": self.order}[way]()
-        return round
+        rounds = {"kill": self.kill, "power": self.power, "raw": self.raw, "order": self.order}
+        return rounds[way]()
 
 
 @contextmanager
@@ -277,10 +319,7 @@ def campaign(
 ) -> dict[tuple[str, str], Result]:
     """Rounds of every way and chain in turn, until the time is over; at least one of each."""
     results = {
-        (way, chain): Result()
-        for chain in chains
-        for way in ways
-        if way != "order" or chain in ORDERED
+        (way, chain): Result() for chain in chains for way in ways if (way, chain) not in NOT_WITH
     }
     end = time.monotonic() + minutes * 60
     with folder_for(base) as folder:
@@ -330,7 +369,7 @@ def main() -> int:
     parser.add_argument("--mutants", action="store_true", help="see mutants being noticed")
     options = parser.parse_args()
     ways = [way for way in WAYS if way in options.only.split(",")]
-    if "power" in ways:
+    if "power" in ways or "raw" in ways:
         needs("mkfs.ext4")
     if options.mutants:
         failed = False

@@ -31,28 +31,28 @@ MUTANTS = {
         "            write_all(fd, buf, offset)\n"
         "            self._fdatasync(fd)\n",
         "            write_all(fd, buf, offset)\n",
-        ("order", "power"),
+        ("order", "power", "raw"),
         "fua, alone",
     ),
     "a group of writes with FUA is answered without a sync": Mutant(
         "plugins/file.py",
         "            write_all(self._fd, buf, offset)\n        self._stable.sync()\n",
         "            write_all(self._fd, buf, offset)\n",
-        ("order", "power"),
+        ("order", "power", "raw"),
         "fua",
     ),
     "a flush does nothing": Mutant(
         "plugins/file.py",
         "        if self._writable:\n            self._stable.sync()\n",
         "        if self._writable:\n            pass\n",
-        ("order", "power"),
+        ("order", "power", "raw"),
         "flush",
     ),
     "zero and trim with FUA are answered without a sync": Mutant(
         "plugins/file.py",
         "        if flags & Flag.FUA:\n            self._stable.sync()\n",
         "",
-        ("order", "power"),
+        ("order", "power", "raw"),
         "zero",
     ),
     "a write is answered one write before it is done": Mutant(
