@@ -11,6 +11,7 @@ in the same way where it is installed, as a comparison; nothing is promised for 
 - churn: connections that come and go, in every state and in every way. Nothing of them stays.
 - stall: connections that stop in the middle of something. The handshake's are ended by --timeout,
   also when they send a byte now and then; the others harm nobody.
+- tls: the same over TLS, where the server has it: what it costs, what stays, what stalls.
 - hoard: connections that announce the largest write, or do not read the largest replies.
 - gone: TCP clients whose machine has gone without a word (needs root; see half_open.py).
 
@@ -21,7 +22,9 @@ Exit status: 0 promises kept, 1 broken, 2 wrong options.
 from __future__ import annotations
 
 import argparse
+import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +37,7 @@ from pathlib import Path
 import crowd
 import half_open
 import subject
-from crowd import IDLE, NEGOTIATION, TRANSMISSION, State, Workers
+from crowd import IDLE, IDLE_TLS, NEGOTIATION, TRANSMISSION, State, Workers
 from subject import KIB, MIB, PYNBDKIT, Figures, Subject, SubjectError
 
 DISK = 64 * MIB
@@ -50,10 +53,10 @@ IDLE_THREADS = 1.0
 SLOWER = 4.0
 """How much longer the median of those that work may take with a crowd of idle connections."""
 HARMED = 0.25
-"""Seconds that the worst reply may take longer because of clients that stall."""
+"""Seconds that 99 of 100 replies may take longer, because of clients that stall, than the worst."""
 LEFT_PER_VISIT = 1 * KIB
 """Bytes a connection that came and went; a leak of one Python object tree is more."""
-LEFT_AT_LEAST = 2 * MIB
+LEFT_AT_LEAST = 4 * MIB
 TIMEOUT_SLACK = 3.0
 EARLY = 0.5
 """Seconds that the clients which stall may take to come: the first ones end so much before."""
@@ -122,7 +125,7 @@ class Bench:
         words = arguments or ("memory", str(DISK))
         with Subject(self.folder, words, command=self.command, tcp=tcp) as server:
             crowd.churn(server.address, (IDLE,), 20)
-            server.settle(2, server.figures().descriptors)
+            server.quiet()
             yield server
 
     def promise(self, what: str, value: float, limit: float, unit: str = "") -> None:
@@ -153,11 +156,14 @@ def idle_crowd(bench: Bench) -> None:
             start = server.figures()
             idle = size.connections - size.working
             with Workers(server.address, size.working, DISK) as workers:
-                alone = workers.work(size.seconds, size.pause), workers.work(size.seconds / 2)
+                paced = [workers.work(size.seconds, size.pause)]
                 before = server.figures()
                 with crowd.crowd(server.address, IDLE, idle):
                     during = server.figures()
-                    beside = workers.work(size.seconds, size.pause), workers.work(size.seconds / 2)
+                    paced.append(workers.work(size.seconds, size.pause))
+                    tilted = [workers.work(size.seconds / 2)]
+                workers.work(size.seconds / 10, size.pause)
+                tilted.insert(0, workers.work(size.seconds / 2))
             end, seconds = server.settle(start.threads + 1, start.descriptors)
         name = f"{plugin[0]} plugin"
         each = (during.rss - before.rss) / idle
@@ -165,12 +171,12 @@ def idle_crowd(bench: Bench) -> None:
         report.tell(f"{name}: an idle connection costs", cost(before, during, idle))
         bench.promise(f"{name}: an idle connection", each / KIB, IDLE_COST / KIB, " KiB")
         bench.promise(f"{name}: threads of an idle connection", threads, IDLE_THREADS)
-        for text, one, other in zip(("at a pace", "at full tilt"), alone, beside, strict=True):
+        for text, (alone, beside) in (("at a pace", paced), ("at full tilt", tilted)):
             what = f"{name}: {size.working} that work {text}, p50 / p99 / max"
-            report.tell(f"{what}, alone", f"{one} at {one.rate:.0f}/s")
-            report.tell(f"{what}, beside {idle} idle", f"{other} at {other.rate:.0f}/s")
-        slower = alone[0].median * SLOWER + 0.001
-        bench.promise(f"{name}: the median beside idle ones", beside[0].median, slower, " s")
+            report.tell(f"{what}, alone", f"{alone} at {alone.rate:.0f}/s")
+            report.tell(f"{what}, beside {idle} idle", f"{beside} at {beside.rate:.0f}/s")
+        slower = paced[0].median * SLOWER + 0.001
+        bench.promise(f"{name}: the median beside idle ones", paced[1].median, slower, " s")
         left = f"{(end.rss - start.rss) / MIB:.1f} MiB more than before, after {seconds:.2f} s"
         report.tell(f"{name}: when all have gone", left)
 
@@ -187,7 +193,7 @@ def used(bench: Bench) -> None:
     count = bench.size.stalled * 2
     with bench.subject() as server:
         crowd.churn(server.address, (state,), 1)
-        start, _ = server.settle(2, server.figures().descriptors)
+        start = server.quiet()
         with crowd.crowd(server.address, state, count):
             during = server.figures()
         end, _ = server.settle(start.threads + 1, start.descriptors)
@@ -204,12 +210,11 @@ def churn(bench: Bench) -> None:
             states = (*NEGOTIATION, *TRANSMISSION)
             warm = max(visits // 10, 100)
             crowd.churn(server.address, states, warm)
-            base, _ = server.settle(2, 64)
-            descriptors = base.descriptors
+            base = server.quiet()
             begin = time.monotonic()
             crowd.churn(server.address, states, visits)
             seconds = time.monotonic() - begin
-            end, wait = server.settle(base.threads + 1, descriptors)
+            end, wait = server.settle(base.threads + 1, base.descriptors)
         kind = "TCP" if tcp else "Unix socket"
         left = end.rss - base.rss
         bench.report.tell(
@@ -236,23 +241,25 @@ def stall(bench: Bench) -> None:
             server.settle(start.threads + 1, start.descriptors)
             each = cost(start, during, size.stalled)
             bench.report.tell(f"{size.stalled} stall: {state.name}", f"{each}; one works: {beside}")
-            worst = alone.worst + HARMED
-            bench.promise(f"worst reply while others stall ({state.name})", beside.worst, worst)
+            limit = alone.worst + HARMED
+            bench.promise(f"p99 while others stall ({state.name})", beside.p99, limit, " s")
         bench.report.tell("one works, alone", str(alone))
         if bench.ours:
-            _handshakes_end(bench, server, workers)
+            _handshakes_end(bench, server, workers, NEGOTIATION)
 
 
-def _handshakes_end(bench: Bench, server: Subject, workers: Workers) -> None:
+def _handshakes_end(
+    bench: Bench, server: Subject, workers: Workers, states: Sequence[State]
+) -> None:
     """--timeout ends whoever stalls in the handshake, and nobody else."""
     size = bench.size
     start = server.figures()
     slowly = State("a byte of an option now and then", NEGOTIATION[3].before)
-    for states, drip in ((NEGOTIATION, b""), ((slowly,), DRIP)):
+    for group, drip in ((states, b""), ((slowly,), DRIP)):
         with ExitStack() as stack:
             crowds = [
                 stack.enter_context(crowd.crowd(server.address, state, size.stalled))
-                for state in states
+                for state in group
             ]
             socks = [sock for socks in crowds for sock in socks]
             limit = size.timeout + TIMEOUT_SLACK
@@ -261,7 +268,7 @@ def _handshakes_end(bench: Bench, server: Subject, workers: Workers) -> None:
             except TimeoutError as error:
                 bench.report.broken.append(f"--timeout {size.timeout}: {error}")
                 continue
-        for number, state in enumerate(states):
+        for number, state in enumerate(group):
             these = seconds[number * size.stalled : (number + 1) * size.stalled]
             bench.report.tell(
                 f"{size.stalled} in the handshake, --timeout {size.timeout}: {state.name}",
@@ -271,6 +278,47 @@ def _handshakes_end(bench: Bench, server: Subject, workers: Workers) -> None:
             bench.promise(f"ended before its time: {state.name}", early, 0, " s")
         server.settle(start.threads, start.descriptors)
     workers.work(0.1, 0.002)  # they still work, long past that time
+
+
+def secured(bench: Bench) -> None:
+    """Clients with TLS, and clients that stop on the way to it."""
+    certificate = ("-subj", "/CN=localhost", "-days", "2", "-nodes", "-newkey", "ec", "-pkeyopt",
+                   "ec_paramgen_curve:prime256v1", "-keyout", "server-key.pem")  # fmt: skip
+    words = ["openssl", "req", "-x509", *certificate, "-out", "server-cert.pem"]
+    folder = bench.folder / "certificates"
+    folder.mkdir()
+    subprocess.run(words, cwd=folder, check=True, capture_output=True)
+    shutil.copy(folder / "server-cert.pem", folder / "ca-cert.pem")
+    limited = ("--timeout", str(bench.size.timeout)) if bench.ours else ()
+    options = ("--tls=on", f"--tls-certificates={folder}", *limited)
+    count = bench.size.stalled * 2
+    with bench.subject(*options, "memory", str(DISK)) as server:
+        with crowd.crowd(server.address, IDLE_TLS, 1), crowd.crowd(server.address, IDLE, 1):
+            start = server.figures()
+            with crowd.crowd(server.address, IDLE_TLS, count):
+                during = server.figures()
+            server.settle(start.threads, start.descriptors)
+            bench.report.tell("an idle connection with TLS costs", cost(start, during, count))
+            if bench.ours:  # a peer without a limit may wait for ever for the end of a handshake
+                _tls_visits(bench, server, start)
+        if bench.ours:
+            server.quiet()
+            with Workers(server.address, 1, DISK) as workers:
+                _handshakes_end(bench, server, workers, crowd.TLS)
+
+
+def _tls_visits(bench: Bench, server: Subject, start: Figures) -> None:
+    visits = bench.size.visits // 10
+    states = (*crowd.TLS, IDLE_TLS)
+    crowd.churn(server.address, states, max(visits // 10, 50))
+    base, _ = server.settle(start.threads, start.descriptors)
+    crowd.churn(server.address, states, visits)
+    end, _ = server.settle(start.threads, start.descriptors)
+    left = (end.rss - base.rss) / KIB
+    what = f"left of {visits} connections with TLS, or on the way to it"
+    bench.report.tell(what, f"{left:+.0f} KiB")
+    limit = max(LEFT_AT_LEAST, visits * LEFT_PER_VISIT) / KIB
+    bench.promise(what, left, limit, " KiB")
 
 
 def hoard(bench: Bench) -> None:
@@ -334,7 +382,7 @@ def _leave_half_open(bench: Bench, states: Sequence[State], factor: float) -> ha
         server = stack.enter_context(
             Subject(bench.folder, words, command=bench.command, network=network)
         )
-        start, _ = server.settle(2, 64)
+        start = server.quiet()
         for state in states:
             stack.enter_context(network.as_client(partial(_opened, server, state, count)))
         network.cut()
@@ -345,9 +393,7 @@ def _leave_half_open(bench: Bench, states: Sequence[State], factor: float) -> ha
         limit = max(short[0].silence, short[0].unacknowledged or MINUTES * 4)
         what = f"{count * len(states)} gone without a word: {name}"
         if limit == float("inf"):
-            bench.report.tell(what, f"never noticed: {patience}")
-            server.process.kill()
-            return patience
+            raise SubjectError(f"{what}: never noticed, {patience}")
         begin = time.monotonic()
         server.settle(start.threads + 1, start.descriptors, limit * 2 + GRACE)
         bench.report.tell(what, f"noticed after {time.monotonic() - begin:.0f} s, {short[0]}")
@@ -365,6 +411,7 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "used": used,
     "churn": churn,
     "stall": stall,
+    "tls": secured,
     "hoard": hoard,
     "gone": gone,
 }

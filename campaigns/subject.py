@@ -31,13 +31,17 @@ class SubjectError(Exception):
 
 @dataclass(frozen=True)
 class Figures:
-    """Of a process: resident, proportional and virtual memory in bytes, threads, descriptors."""
+    """Of a process: resident, proportional and virtual memory in bytes, threads, descriptors.
+
+    `sockets`: how many of the descriptors are sockets.
+    """
 
     rss: int
     pss: int
     virtual: int
     threads: int
     descriptors: int
+    sockets: int
 
     @classmethod
     def of(cls, pid: int) -> Figures:
@@ -45,17 +49,27 @@ class Figures:
         proc = Path(f"/proc/{pid}")
         try:
             rollup = _fields(proc / "smaps_rollup")
-            descriptors = len(os.listdir(proc / "fd"))
+            targets = [_target(path) for path in (proc / "fd").iterdir()]
         except (FileNotFoundError, ProcessLookupError):
             raise SubjectError("the server has ended by itself") from None
         status = _fields(proc / "status")
+        if "VmSize" not in status:
+            raise SubjectError("the server has ended by itself")
         return cls(
             rollup["Rss"] * KIB,
             rollup["Pss"] * KIB,
             status["VmSize"] * KIB,
             status["Threads"],
-            descriptors,
+            len(targets),
+            sum(target.startswith("socket:") for target in targets),
         )
+
+
+def _target(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except FileNotFoundError:
+        return ""  # closed meanwhile
 
 
 def _fields(path: Path) -> dict[str, int]:
@@ -92,9 +106,11 @@ class Subject:
         if tcp:
             with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
                 self.address = listener.getsockname()
-                shell = f'exec 3<&{listener.fileno()}; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
+                fd = listener.fileno()
+                move = f"exec 3<&{fd} {fd}<&-;" if fd != 3 else ""
+                shell = f'{move} LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
                 words = ["bash", "-c", shell, "bash", *command, "-f", *arguments]
-                self.process = self._start(words, listener.fileno())
+                self.process = self._start(words, fd)
         elif network is not None:
             self.address = (SERVER, PORT)
             words = [*network.command, *command, "-f", "-i", SERVER, "-p", str(PORT), *arguments]
@@ -161,6 +177,18 @@ class Subject:
                     f" {now.descriptors} descriptors, not {threads} and {descriptors}"
                 )
             time.sleep(LOOK)
+
+    def quiet(self) -> Figures:
+        """Wait until the listening socket is the only one; returns what it has then.
+
+        Raises SubjectError when that does not come true.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while (now := self.figures()).sockets > 1 or now.threads > 2:
+            if time.monotonic() > deadline:
+                raise SubjectError(f"nobody is connected, but the server has {now}")
+            time.sleep(LOOK)
+        return now
 
     def stop(self) -> None:
         """End it in order. Raises SubjectError when it does not, or has complained of a bug."""

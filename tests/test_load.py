@@ -29,7 +29,7 @@ def promises(stage: str) -> dict[str, str]:
     return dict(report.lines)
 
 
-@pytest.mark.parametrize("stage", ["crowd", "used", "churn", "stall", "hoard"])
+@pytest.mark.parametrize("stage", ["crowd", "used", "churn", "stall", "tls", "hoard"])
 def test_short_stage(stage: str) -> None:
     promises(stage)
 
@@ -44,7 +44,7 @@ def test_clients_that_have_gone_without_a_word() -> None:
 
 
 def test_every_stage_is_run_here() -> None:
-    assert set(load.STAGES) == {"crowd", "used", "churn", "stall", "hoard", "gone"}
+    assert set(load.STAGES) == {"crowd", "used", "churn", "stall", "tls", "hoard", "gone"}
 
 
 def test_a_figure_over_its_limit_is_a_broken_promise() -> None:
