@@ -279,36 +279,54 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def test_key_updates(certificates: Certificates) -> None:
-    """A client renews its keys, and asks us to: what is sent and received goes on."""
+@contextlib.contextmanager
+def s_client(certificates: Certificates, *words: str) -> Iterator[tuple[SecureStream, Any]]:
+    """A stream to openssl's client, and its process: a line "K" or "R" is a command to it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         where = f"127.0.0.1:{listener.getsockname()[1]}"
-        process = subprocess.Popen(
-            [program("openssl"), "s_client", "-connect", where, "-quiet", "-no_ign_eof", "-tls1_3"],
+        process: Any = subprocess.Popen(
+            [program("openssl"), "s_client", "-connect", where, "-quiet", "-no_ign_eof", *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
         with process, contextlib.closing(listener.accept()[0]) as sock:
             sock.settimeout(LIMIT)
-            assert process.stdin is not None
-            assert process.stdout is not None
-            assert process.stderr is not None
             stream = SecureStream(sock, Credentials(str(certificates["good"])).context())
             stream.handshake()
-            buffer = bytearray(100)
-            for word in (b"one\n", b"K\n", b"two\n", b"k\n", b"three\n", b"K\n", b"four\n"):
-                process.stdin.write(word)
-                process.stdin.flush()
-                if len(word) == 2:  # a command: it has to be read by itself
-                    while b"KEYUPDATE" not in process.stderr.readline():
-                        assert process.poll() is None
-                else:
-                    count = stream.recv_into(buffer)
-                    assert bytes(buffer[:count]) == word
-                    stream.sendmsg([b"<", word])
-                    assert process.stdout.readline() == b"<" + word
+            yield stream, process
             stream.close()
+
+
+def order(process: Any, command: bytes, answer: bytes) -> None:
+    """Have it follow a command, which it has to read by itself."""
+    process.stdin.write(command)
+    process.stdin.flush()
+    while answer not in process.stderr.readline():
+        assert process.poll() is None
+
+
+def test_key_updates(certificates: Certificates) -> None:
+    """A client renews its keys, and asks us to: what is sent and received goes on."""
+    buffer = bytearray(100)
+    with s_client(certificates, "-tls1_3") as (stream, process):
+        for command in (b"K\n", b"k\n", b"K\n"):
+            order(process, command, b"KEYUPDATE")
+            process.stdin.write(b"words\n")
+            process.stdin.flush()
+            count = stream.recv_into(buffer)
+            assert bytes(buffer[:count]) == b"words\n"
+            stream.sendmsg([b"<", buffer[:count]])
+            assert process.stdout.readline() == b"<words\n"
+
+
+def test_renegotiation_is_refused(certificates: Certificates) -> None:
+    """TLS 1.2 lets a client ask for handshake after handshake, which cost us more than it."""
+    with s_client(certificates, "-tls1_2") as (stream, process):
+        order(process, b"R\n", b"RENEGOTIATING")
+        with contextlib.suppress(OSError):
+            assert stream.recv_into(bytearray(100)) == 0
+        assert b"no renegotiation" in process.stderr.read()
 
 
 def test_a_client_that_makes_tls_talk_and_does_not_listen(certificates: Certificates) -> None:
