@@ -168,6 +168,7 @@ def prepared(folder: Path, size: int, pynbdkit: Sequence[str]) -> Iterator[Place
         place = Place(Path(sockets), Path(disks) / "disk.img", size, pynbdkit)
         write_random(workloads.source_file(place), size)
         write_random(place.disk, size)
+        servers.make_certificates(place.disk.parent)
         yield place
 
 

@@ -74,17 +74,25 @@ RATE_FLOORS: Mapping[str, float] = {
     "fua-4k-d16-dirty": 3.0,
 }
 SCRIPT_FLOOR = 2.5
+TLS_FLOORS: Mapping[str, float] = {
+    "randread-4k-d16": 1.0,
+    "randwrite-4k-d16": 1.0,
+    "read-256k-d4": 1.0,
+    "write-256k-d4": 1.0,
+}
 CPU_CEILINGS: Mapping[str, float] = {"randread-4k-d16": 0.65, "randwrite-4k-d16": 0.65}
 
 
 def rate_floor(kind: str, workload: str) -> float | None:
     """Return the ratio that pynbdkit has to reach there, if one is set."""
+    if kind == "tls":
+        return TLS_FLOORS.get(workload)
     return SCRIPT_FLOOR if kind == "script" else RATE_FLOORS.get(workload)
 
 
 def cpu_ceiling(kind: str, workload: str) -> float | None:
     """Return the CPU ratio that pynbdkit may not exceed there, if one is set."""
-    return None if kind == "script" else CPU_CEILINGS.get(workload)
+    return None if kind in ("script", "tls") else CPU_CEILINGS.get(workload)
 
 
 def _shown_rate(record: Record) -> float:

@@ -30,6 +30,7 @@ SUBJECT = "pynbdkit"
 KINDS: dict[str, tuple[str, ...]] = {
     "memory": ("nbdkit", "pynbdkit"),
     "file": ("nbdkit", "qemu-nbd", "nbd-server", "pynbdkit"),
+    "tls": ("nbdkit", "pynbdkit"),
     "script": ("nbdkit", "pynbdkit"),
 }
 PACKAGES = {"nbdkit": "nbdkit", "qemu-nbd": "qemu-utils", "nbd-server": "nbd-server"}
@@ -44,7 +45,7 @@ class Place:
     """Where servers of one run keep their things, and what they serve."""
 
     sockets: Path  # a folder with a short name: a socket's path has 107 bytes at most
-    disk: Path  # the file that the `file` kind serves, all servers the same
+    disk: Path  # the file that the `file` kind serves, all servers the same; certificates beside it
     size: int  # bytes, every kind's
     pynbdkit: Sequence[str] = field(default=(sys.executable, "-m", "pynbdkit"))
 
@@ -63,6 +64,12 @@ def command(name: str, kind: str, place: Place, sock: Path, pidfile: Path) -> li
         start = ["nbdkit"] if name == "nbdkit" else list(place.pynbdkit)
         what = {
             "memory": ["memory", str(place.size)],
+            "tls": [
+                "--tls=require",
+                f"--tls-certificates={place.disk.parent}",
+                "memory",
+                str(place.size),
+            ],
             "file": ["file", str(place.disk)],
             "script": ["python", str(SCRIPT), f"size={place.size}"],
         }[kind]
@@ -77,6 +84,21 @@ def command(name: str, kind: str, place: Place, sock: Path, pidfile: Path) -> li
         config = _nbd_server_config(place, sock)
         return ["nbd-server", "-C", str(config), "-p", str(pidfile)]
     raise ValueError(f"unknown server {name}")
+
+
+def make_certificates(folder: Path) -> None:
+    """Make a key and a certificate that is its own authority, for the `tls` kind."""
+    key, certificate = folder / "server-key.pem", folder / "server-cert.pem"
+    template = folder / "server.info"
+    template.write_text("cn = localhost\nca\ncert_signing_key\nsigning_key\nencryption_key\n")
+    private = ["--generate-privkey", "--key-type=rsa", "--bits=2048", "--outfile", str(key)]
+    signed = ["--load-privkey", str(key), "--template", str(template)]
+    for words in (private, ["--generate-self-signed", *signed, "--outfile", str(certificate)]):
+        done = subprocess.run(["certtool", *words], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise ServerError(f"certtool failed: {done.stderr.strip()}")
+    key.chmod(0o600)
+    shutil.copy(certificate, folder / "ca-cert.pem")
 
 
 def missing(name: str, place: Place) -> str | None:
@@ -130,6 +152,8 @@ class Server:
             path.unlink(missing_ok=True)
         export = "disk" if name == "nbd-server" else ""
         self.uri = f"nbd+unix:///{export}?socket={self._sock}"
+        if kind == "tls":  # fio cannot be told of certificates: it encrypts, and checks nothing
+            self.uri = f"nbds+unix:///?socket={self._sock}&tls-verify-peer=false"
         argv = command(name, kind, place, self._sock, self._pidfile)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(

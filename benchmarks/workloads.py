@@ -26,7 +26,7 @@ COPY_REQUEST = 256 * KIB  # nbdcopy's default --request-size
 FUA_DIRTY = 256 * MIB
 FUA_BURST = 256
 FUA_DEPTH = 16
-PACKAGES = {"fio": "fio", "nbdcopy": "libnbd-bin"}
+PACKAGES = {"fio": "fio", "nbdcopy": "libnbd-bin", "certtool": "gnutls-bin"}
 
 
 class WorkloadError(Exception):
@@ -284,5 +284,6 @@ _SCRIPT = tuple(fio for fio in _SMALL if fio.depth == 16)
 WORKLOADS: dict[str, tuple[Workload, ...]] = {
     "memory": (*_SMALL, *_FOUR, *_LARGE, *_COPIES),
     "file": (*_SMALL, *_FOUR, *_LARGE, *_COPIES, *_FUA),
+    "tls": (*_SCRIPT, *_LARGE, *_COPIES),
     "script": _SCRIPT,
 }

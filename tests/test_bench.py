@@ -215,7 +215,7 @@ def test_the_file_system_of_a_folder() -> None:
 
 @pytest.fixture
 def peers() -> None:
-    for name in ("nbdkit", "fio", "nbdcopy"):
+    for name in ("nbdkit", "fio", "nbdcopy", "certtool"):
         support.program(name)
 
 
@@ -224,6 +224,8 @@ def place(tmp_path: Path, sockdir: Path) -> servers.Place:
     place = servers.Place(sockdir, tmp_path / "disk.img", SIZE, ("nbdkit", "-r"))
     bench.write_random(place.disk, SIZE)
     bench.write_random(workloads.source_file(place), SIZE)
+    support.program("certtool")
+    servers.make_certificates(tmp_path)
     return place
 
 
