@@ -22,6 +22,7 @@ _OTHER_FLAGS: Final = ("alpha", "ppc", "sparc")
 """Machines whose MCL_CURRENT and MCL_FUTURE are not 1 and 2."""
 ROOM: Final = 256 << 20
 """Bytes that a server without privileges has to be allowed to lock, or it is not begun."""
+_M_ARENA_MAX: Final = -8
 LIBSELINUX: Final = "libselinux.so.1"
 
 
@@ -46,7 +47,11 @@ def lock_memory(user: str | None = None) -> None:
         # For root there is no limit; for the user even a thread's stack would soon be refused.
         raise ConfigError(f"--swap: {user} may lock {limit >> 10} KiB of memory only ({hint})")
     threading.stack_size(LOCKED_STACK)
-    mlockall = getattr(ctypes.CDLL(None, use_errno=True), "mlockall", None)
+    library = ctypes.CDLL(None, use_errno=True)
+    mallopt = getattr(library, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)  # else each thread reserves 64 MB, which count as locked
+    mlockall = getattr(library, "mlockall", None)
     if mlockall is None:
         raise ConfigError("--swap: this system cannot lock memory (it has no mlockall)")
     flags = 0x2000 | 0x4000 if os.uname().machine.startswith(_OTHER_FLAGS) else 1 | 2
