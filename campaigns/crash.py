@@ -38,6 +38,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import mutants
@@ -370,7 +372,10 @@ def main() -> int:
     options = parser.parse_args()
     ways = [way for way in WAYS if way in options.only.split(",")]
     if "power" in ways or "raw" in ways:
-        needs("mkfs.ext4")
+        try:
+            needs("mkfs.ext4")
+        except pytest.skip.Exception as reason:
+            parser.error(f"{reason}; or leave power and raw away: --only kill,order")
     if options.mutants:
         failed = False
         for name, mutant in mutants.MUTANTS.items():

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from ledger import SECTOR, Ledger, payload
@@ -704,9 +706,11 @@ def main() -> int:
             begun = time.monotonic()
             try:
                 seen = run(name)
-            except AssertionError as error:
+            except pytest.skip.Exception as reason:
+                seen = f"not here: {reason}"
+            except Exception as error:
                 failures += 1
-                seen = f"FAILED: {error}"
+                seen = f"FAILED: {type(error).__name__}: {error}"
             took = time.monotonic() - begun
             if number == 0 or seen.startswith("FAILED"):
                 print(f"{name:20} {took:4.1f} s  {seen}", flush=True)
