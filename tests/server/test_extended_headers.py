@@ -203,6 +203,7 @@ def test_what_would_take_for_ever_ends_with_its_connection(kind: int, ending: st
         (TRIM, 2**64 - 1, 2**64 - 1, 0, b"", ERROR),
         (READ, 0, 2**64 - 1, 0, b"", ERROR_OFFSET),
         (READ, 0, 64 * MIB + 1, 0, b"", ERROR_OFFSET),
+        (READ, 512, 0, 0, b"", ERROR),  # an offset would have to lie within the request
         (WRITE, 0, 0, PAYLOAD_LEN, b"", ERROR),
     ],
 )

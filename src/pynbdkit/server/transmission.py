@@ -474,7 +474,7 @@ class Transmission:
         if flags & CMD_FLAG_PAYLOAD_LEN and kind == CMD_BLOCK_STATUS and self._extended:
             found = self._rules.filtered(payload)
             if found is None:
-                self._refuse(kind, cookie, offset, NBD_EINVAL, "no valid list of contexts")
+                self._refuse(kind, cookie, offset, count, NBD_EINVAL, "no valid list of contexts")
                 return 0
             flags &= ~CMD_FLAG_PAYLOAD_LEN
             count, contexts = found
@@ -488,7 +488,7 @@ class Transmission:
                 f"refused {_NAMES.get(kind, f'command {kind}')} of {count} at {offset}"
                 f" flags {flags:#x}: {why}"
             )
-            self._refuse(kind, cookie, offset, error, why)
+            self._refuse(kind, cookie, offset, count, error, why)
             return 0
         try:
             if kind == CMD_BLOCK_STATUS:
@@ -579,11 +579,13 @@ class Transmission:
         if not (error == 95 and kind == CMD_WRITE_ZEROES):  # a fast zero that is not: no news
             log.exception(f"{self._name}: {what}: offset {offset}, count {count}", failure)
         text = log.describe(failure) if isinstance(failure, OSError) else "the plugin failed"
-        self._refuse(kind, cookie, offset, error, f"{what}: {text}")
+        self._refuse(kind, cookie, offset, count, error, f"{what}: {text}")
 
-    def _refuse(self, kind: int, cookie: int, offset: int, error: int, why: str) -> None:
+    def _refuse(
+        self, kind: int, cookie: int, offset: int, count: int, error: int, why: str
+    ) -> None:
         if self._structured:
-            where = offset if kind == CMD_READ else None
+            where = offset if kind == CMD_READ and count else None  # it has to lie in the request
             at = offset if self._extended else None
             self._ready.append(encode_error(cookie, error, why, where, at))
         else:
