@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import platform
 import sys
 from pathlib import Path
@@ -30,12 +31,13 @@ def test_dump_config() -> None:
     assert ours["python_version"] == platform.python_version()
     assert Path(ours["plugindir"], "memory.py").exists()
     assert Path(ours["filterdir"], "log.py").exists()
-    for key in ("exit_with_parent", "host_cpu"):
+    for key in ("exit_with_parent", "host_cpu", "root_tls_certificates_dir", "tls"):
         assert ours[key] == theirs[key]
+    assert ours["tls_psk"] == ("yes" if sys.version_info >= (3, 13) else "no")
+    assert ours["selinux"] == ("yes" if ctypes.util.find_library("selinux") else "no")
     assert set(theirs) - set(ours) <= {
         "libdir",
         "mandir",
-        "root_tls_certificates_dir",
         "sbindir",
         "sysconfdir",
     }

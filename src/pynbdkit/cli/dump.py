@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 
 from .._version import __version__
 from ..flags import THREAD_MODEL_NAMES
+from ..tls import ROOT_FOLDER
+from .system import has_selinux
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,11 +32,15 @@ def config() -> Iterator[tuple[str, str]]:
     yield "name", "pynbdkit"
     yield "plugindir", os.path.join(package, "plugins")
     yield "python_version", ".".join(map(str, sys.version_info[:3]))
-    yield "selinux", "no"
-    yield "tls", "no"
+    yield "root_tls_certificates_dir", ROOT_FOLDER
+    yield "selinux", "yes" if has_selinux() else "no"
+    yield "timeout_option", "yes"
+    yield "tls", "yes"
+    yield "tls_psk", "yes" if sys.version_info >= (3, 13) else "no"
     yield "version", __version__
     yield "version_major", major
     yield "version_minor", minor
+    yield "vsock_option", "yes" if hasattr(socket, "AF_VSOCK") else "no"
     yield "zstd", "no"
 
 

@@ -26,6 +26,17 @@ _M_ARENA_MAX: Final = -8
 LIBSELINUX: Final = "libselinux.so.1"
 
 
+def has_selinux() -> bool:
+    """Whether SELinux's library is installed."""
+    import ctypes
+
+    try:
+        ctypes.CDLL(LIBSELINUX)
+    except OSError:
+        return False
+    return True
+
+
 def lock_memory(user: str | None = None) -> None:
     """Keep all of the process's memory in RAM, what it will get as well (mlockall(2)).
 
