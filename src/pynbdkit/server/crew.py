@@ -187,9 +187,8 @@ class Crew:
                     transmission.send()  # waits when the client does not read: so do we
                 else:
                     transmission.send_ready()
-            except (OSError, MemoryError) as error:
-                transmission.end(str(error))
-                transmission.hang_up()
+            except BaseException as error:  # a request that nobody answers is a client that waits
+                transmission.give_up(error)
                 seconds = 0.0
             self._done(1, weight, seconds)
 
@@ -206,9 +205,8 @@ class Crew:
             try:
                 together = transmission.run_group([request for request, _ in held])
                 transmission.send_ready()
-            except (OSError, MemoryError) as error:
-                transmission.end(str(error))
-                transmission.hang_up()
+            except BaseException as error:  # a request that nobody answers is a client that waits
+                transmission.give_up(error)
                 together = True
             if together:
                 seconds = perf_counter() - started

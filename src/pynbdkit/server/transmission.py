@@ -225,6 +225,7 @@ class Transmission:
         except OSError as error:
             self.end(error.strerror or str(error))
         except MemoryError:
+            log.error("out of memory for a client's requests: its connection is closed")
             self.end("out of memory")
         except BaseException:  # a bug of ours: the crew must not wait for ever
             self.end("")
@@ -452,7 +453,7 @@ class Transmission:
         try:
             if not group([(request[5], request[3]) for request in held]):
                 return False
-        except Exception as failure:
+        except BaseException as failure:  # a script may even call sys.exit()
             log.debug(f"{self._name}: {len(held)} writes with FUA: {log.describe(failure)}")
             return False
         self._ready += [self._done(request[2], request[3]) for request in held]
@@ -629,6 +630,15 @@ class Transmission:
             if sent:
                 pieces[0] = memoryview(pieces[0])[sent:]
             sent = self._sock.sendmsg(pieces)
+
+    def give_up(self, failure: BaseException) -> None:
+        """Requests can no longer be answered: end the connection (from any thread)."""
+        if isinstance(failure, MemoryError):
+            log.error("out of memory for a client's requests: its connection is closed")
+        elif not isinstance(failure, OSError):  # a bug of ours
+            log.exception("connection", failure)
+        self.end(str(failure))
+        self.hang_up()
 
     def hang_up(self) -> None:
         """End at once, whatever is under way (from any thread)."""
