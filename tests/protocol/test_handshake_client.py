@@ -393,7 +393,15 @@ def test_there_is_no_other_way_to_use_tls() -> None:
 
 
 @pytest.mark.parametrize(
-    "end", [reply(ABORT, ACK), reply(ABORT, UNSUP), None], ids=["ack", "error", "eof"]
+    "end",
+    [
+        reply(ABORT, ACK),
+        reply(ABORT, UNSUP),
+        reply(ABORT, SHUTDOWN),  # no reason to send another ABORT, and so on for ever
+        reply(ABORT, TLS_REQD),
+        None,
+    ],
+    ids=["ack", "error", "shutdown", "tls", "eof"],
 )
 def test_a_refused_export_ends_by_abort(end: bytes | None) -> None:
     client = ClientHandshake("disk", structured_replies=False)

@@ -411,6 +411,9 @@ class ClientHandshake:
         return b""
 
     def _on_error(self, error: HandshakeError) -> bytes:
+        if self._option == OPT_ABORT:  # What it refuses is of no interest any more.
+            self._close()
+            return b""
         if error.code == REP_ERR_TLS_REQD:
             return self._refuse(HandshakeError(error.code, "the server requires TLS"))
         if error.code == REP_ERR_SHUTDOWN:
@@ -421,9 +424,6 @@ class ClientHandshake:
         if self._option == OPT_GO and error.code == REP_ERR_UNSUP and not self.extended_headers:
             return self._send_export_name()
         self._found_contexts = []  # "The client MUST disregard any context replies."
-        if self._option == OPT_ABORT:
-            self._close()
-            return b""
         if self._option in (OPT_GO, OPT_INFO) or (self._option == OPT_LIST and self._name is None):
             subject = "list" if self._name is None else f"export {shorten(self._name)}"
             reason = error.message or name_of("REP_", error.code)
