@@ -5,9 +5,10 @@ these). The client's end of it is put down, as when a cable is pulled: to the se
 silent from then on. What notices is TCP: its keepalive questions where a client idles, its repeats
 of what is not acknowledged where replies were on their way.
 
-That takes minutes, as it should. `Patience.scaled` makes the times short in the kernel, on the
-server's very sockets, which `sockets_of` fetches with pidfd_getfd(2): the server is not told that
-it is a test, and what it has not asked of the kernel does not come true.
+That takes minutes, as it should. `Patience.scaled` makes the times of the questions short in the
+kernel, on the server's very sockets, which `sockets_of` fetches with pidfd_getfd(2): the server is
+not told that it is a test, and what it has not asked of the kernel does not come true. How often is
+repeated is a setting of the network (tcp_retries2), so the server's has its own.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def _ip(*words: str) -> None:
 class Network:
     """A namespace for the server, one for its clients, and a cable between."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, repeats: int | None = None) -> None:
+        """`repeats`: how often the server's side sends again (None: as often as always)."""
+        self._repeats = repeats
         unique = f"{name[:6]}{os.getpid()}"
         self.server, self.client = f"nbds-{unique}", f"nbdc-{unique}"
 
@@ -67,6 +70,11 @@ class Network:
             for name, address in ((self.server, SERVER), (self.client, CLIENT)):
                 _ip("-n", name, "address", "add", f"{address}/24", "dev", "wire")
                 _ip("-n", name, "link", "set", "wire", "up")
+            if self._repeats is not None:
+                value = f"net.ipv4.tcp_retries2={self._repeats}"
+                subprocess.run(
+                    [*self.command, "sysctl", "-qw", value], check=True, capture_output=True
+                )
         except BaseException:
             self.__exit__()
             raise
@@ -140,13 +148,12 @@ def sockets_of(pid: int) -> Iterator[list[socket.socket]]:
 
 @dataclass(frozen=True)
 class Patience:
-    """Of a socket: keepalive's idle time, interval and count, and the user timeout, in seconds."""
+    """Of a socket: keepalive's idle time, interval and count, in seconds."""
 
     asks: bool
     idle: int
     interval: int
     count: int
-    unacknowledged: float
 
     @classmethod
     def of(cls, sock: socket.socket) -> Patience:
@@ -160,7 +167,6 @@ class Patience:
             tcp(socket.TCP_KEEPIDLE),
             tcp(socket.TCP_KEEPINTVL),
             tcp(socket.TCP_KEEPCNT),
-            tcp(socket.TCP_USER_TIMEOUT) / 1000,
         )
 
     @property
@@ -172,11 +178,10 @@ class Patience:
         """Have a connection wait for less: what it has is multiplied; what is off stays off."""
         idle = max(round(self.idle * factor), 1)
         interval = max(round(self.interval * factor), 1)
-        short = Patience(self.asks, idle, interval, self.count, self.unacknowledged * factor)
+        short = Patience(self.asks, idle, interval, self.count)
         for option, value in (
             (socket.TCP_KEEPIDLE, short.idle),
             (socket.TCP_KEEPINTVL, short.interval),
-            (socket.TCP_USER_TIMEOUT, int(short.unacknowledged * 1000)),
         ):
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
         return short

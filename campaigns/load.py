@@ -47,9 +47,15 @@ BURST = 2 * MIB
 DRIP = crowd.option(crowd.OPT_GO, bytes(crowd.LONG_NAME))
 
 # What is promised (docs/reliability.md). Times have room for a machine that does other work, too.
-IDLE_COST = 96 * KIB
+IDLE_COST = 48 * KIB
 """Resident bytes that an idle connection costs at most."""
 IDLE_THREADS = 1.0
+USED_COST = 128 * KIB
+"""Resident bytes of an idle connection after a large write, seconds later."""
+ANNOUNCED_COST = 1 * MIB
+"""Resident bytes of a connection that has announced 64 MiB, and sent one byte."""
+HOARD_COST = 3 * LARGEST
+LEFT_OF_HOARD = 32 * MIB
 SLOWER = 4.0
 """How much longer the median of those that work may take with a crowd of idle connections."""
 HARMED = 0.25
@@ -64,6 +70,8 @@ MINUTES = 240.0
 """Seconds after which a client that is silent, or acknowledges nothing, is known to be gone."""
 GRACE = 5.0
 HURRY = 1 / 60
+FEW_REPEATS = 3
+"""How often TCP sends again before it gives up, in a hurry: about three seconds."""
 """A minute of the kernel's patience becomes a second."""
 
 
@@ -200,6 +208,9 @@ def used(bench: Bench) -> None:
     bench.report.tell(f"{state.name}, it costs", cost(start, during, count))
     left = (end.rss - start.rss) / MIB
     bench.report.tell(f"{state.name}: left of {count}", f"{left:.1f} MiB")
+    each = (during.rss - start.rss) / count / KIB
+    bench.promise(f"{state.name}, it costs", each, USED_COST / KIB, " KiB")
+    bench.promise(f"{state.name}: left of {count}", left, LEFT_OF_HOARD / MIB, " MiB")
 
 
 def churn(bench: Bench) -> None:
@@ -329,9 +340,11 @@ def hoard(bench: Bench) -> None:
     with disk.open("wb") as file:
         file.truncate(LARGEST)
         file.write(b"x")
-    for state, plugin in (
-        (State("64 MiB to write announced, one byte sent", crowd.go, write), "memory"),
-        (State("16 reads of 64 MiB, no reply read", crowd.go, reads), "file"),
+    announcing = State("64 MiB to write announced, one byte sent", crowd.go, write)
+    unread = State("16 reads of 64 MiB, no reply read", crowd.go, reads)
+    for state, plugin, limit in (
+        (announcing, "memory", ANNOUNCED_COST),
+        (unread, "file", HOARD_COST),
     ):
         words = (plugin, str(disk) if plugin == "file" else str(DISK))
         try:
@@ -345,6 +358,9 @@ def hoard(bench: Bench) -> None:
                     end = server.figures()
                 each = cost(start, during, bench.size.hoarders)
                 left = (end.rss - start.rss) / MIB
+                resident = (during.rss - start.rss) / bench.size.hoarders / KIB
+                bench.promise(f"it hoards: {state.name}", resident, limit / KIB, " KiB")
+                bench.promise(f"left of: {state.name}", left, LEFT_OF_HOARD / MIB, " MiB")
                 text = f"{each}; one works: {beside}; afterwards {left:+.1f} MiB"
         except (SubjectError, OSError) as error:
             if bench.ours:
@@ -365,12 +381,10 @@ def gone(bench: Bench) -> None:
         bench.report.tell("clients gone without a word", f"not measured: {why}")
         return
     patience = _leave_half_open(bench, GONE, HURRY)
-    unacknowledged = patience.unacknowledged or float("inf")
     bench.report.tell("patience with a TCP client", str(patience))
     bench.promise("silence until a client is gone", patience.silence, MINUTES, " s")
-    bench.promise("until unacknowledged bytes are given up", unacknowledged, MINUTES, " s")
     if bench.size.minutes and bench.ours:
-        _leave_half_open(bench, GONE, 1)
+        _leave_half_open(bench, GONE[:1], 1)
 
 
 def _leave_half_open(bench: Bench, states: Sequence[State], factor: float) -> half_open.Patience:
@@ -378,7 +392,8 @@ def _leave_half_open(bench: Bench, states: Sequence[State], factor: float) -> ha
     count = bench.size.gone
     words = ("--filter", "delay", "memory", str(DISK), "rdelay=1")
     with ExitStack() as stack:
-        network = stack.enter_context(half_open.Network("load"))
+        repeats = FEW_REPEATS if factor < 1 else None
+        network = stack.enter_context(half_open.Network("load", repeats))
         server = stack.enter_context(
             Subject(bench.folder, words, command=bench.command, network=network)
         )
@@ -390,7 +405,7 @@ def _leave_half_open(bench: Bench, states: Sequence[State], factor: float) -> ha
             patience = half_open.Patience.of(socks[0])
             short = [half_open.Patience.of(sock).scaled(sock, factor) for sock in socks]
         name = ", ".join(state.name for state in states)
-        limit = max(short[0].silence, short[0].unacknowledged or MINUTES * 4)
+        limit = max(short[0].silence, HURRY * MINUTES)
         what = f"{count * len(states)} gone without a word: {name}"
         if limit == float("inf"):
             raise SubjectError(f"{what}: never noticed, {patience}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from pynbdkit.protocol.constants import MAX_PAYLOAD
 from pynbdkit.protocol.requests import (
+    FIRST_BUFFER,
     LARGE_BUFFER,
     MANY_REQUESTS,
     SMALL_BUFFER,
@@ -325,8 +327,7 @@ def test_detach_changes_nothing_for_what_follows(
 
 def test_all_payloads_of_a_batch_are_valid_at_once() -> None:
     sent = [write(noise(700, number), number) for number in range(60)]
-    parser = RequestParser()
-    put(parser, b"".join(request.wire() for request in sent)[:-1])
+    parser = RequestParser(b"".join(request.wire() for request in sent)[:-1])
     batch = parser.requests()
     assert [bytes(request[5] or b"") for request in batch] == [r.payload for r in sent[:-1]]
 
@@ -335,7 +336,38 @@ def test_all_payloads_of_a_batch_are_valid_at_once() -> None:
 
 
 def test_an_idle_connection_holds_little() -> None:
-    assert size_of(RequestParser()) == SMALL_BUFFER <= 64 * KIB
+    assert size_of(RequestParser()) == FIRST_BUFFER <= 4 * KIB
+
+
+def test_a_large_buffer_is_given_back_after_a_silence() -> None:
+    parser = RequestParser()
+    half = write(noise(300 * KIB)).wire()
+    feed(parser, [half])
+    assert parser.large
+    feed(parser, [half[:100]])
+    parser.shrink()  # in the middle of a request: it goes on
+    assert len(feed(parser, [half[100:]])) == 1
+    parser.shrink()
+    parser.space()
+    assert not parser.large
+    assert len(feed(parser, [half])) == 1
+
+
+def test_what_is_announced_costs_nothing_before_it_comes() -> None:
+    """The buffer is a mapping, whose pages are not there until they are written to."""
+    parser = RequestParser()
+    put(parser, write(noise(1)).wire()[:24] + (64 << 20).to_bytes(4, "big"))
+    assert parser.requests() == []
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    assert len(parser.space()) >= 64 << 20
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < 1000
+
+
+def test_a_closed_parser_holds_nothing() -> None:
+    parser = RequestParser()
+    feed(parser, [write(noise(300 * KIB)).wire()])
+    parser.close()
+    assert not parser.large
 
 
 @pytest.mark.parametrize("count", [1, 4 * KIB, 64 * KIB, 256 * KIB, 3 * MIB])

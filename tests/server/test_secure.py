@@ -329,6 +329,17 @@ def test_renegotiation_is_refused(certificates: Certificates) -> None:
         assert b"no renegotiation" in process.stderr.read()
 
 
+def test_what_could_not_be_sent_at_once_goes_first(pair: Pair) -> None:
+    """The reader sends what it can of what TLS has to say; the next sender takes the rest along."""
+    said, data = os.urandom(1 << 20), os.urandom(5000)
+    pair.stream.tls.write(said)
+    pair.stream._send_what_is_possible()
+    assert pair.stream._unsent
+    with Thread(lambda: pair.stream.sendmsg([data])):
+        assert pair.receive(len(said)) == said
+        assert pair.receive(len(data)) == data
+
+
 def test_a_client_that_makes_tls_talk_and_does_not_listen(certificates: Certificates) -> None:
     """Each demand to renegotiate is refused by an alert, which is not read: memory is bounded."""
     pair = Pair(certificates, ssl.TLSVersion.TLSv1_2)

@@ -17,7 +17,7 @@ import pytest
 import pynbdkit
 from pynbdkit import Device, Filter, FilterDevice, Plugin, RunningServer, Session
 from pynbdkit.complete import Layer
-from pynbdkit.server.watch import PATIENCE, Watch
+from pynbdkit.server.watch import Watch
 from pynbdkit.session import current
 from raw import DISC, FLUSH, READ, TRIM, WRITE, ZEROES, Raw
 
@@ -786,6 +786,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.busy = False
+        self.watched = False
         self.progress = (0, 0)
         self.taken = threading.Event()
 
@@ -794,77 +795,85 @@ class Reader:
         self.taken.set()
 
 
+def until_not_watched(*readers: Reader) -> None:
+    for _ in range(2000):
+        if not any(reader.watched for reader in readers):
+            return
+        threading.Event().wait(0.005)
+    raise AssertionError("the watch goes on looking")
+
+
 def test_the_watch_takes_over_from_who_makes_no_progress() -> None:
     watch = Watch()
     reader = Reader()
-    watch.add(reader)  # type: ignore[arg-type]
     for number in range(3):
         reader.progress = (number, 0)
         reader.busy = True
-        if watch.asleep:
-            watch.wake()
+        if not reader.watched:
+            watch.look_at(reader)  # type: ignore[arg-type]
         assert reader.taken.wait(WAIT)
         reader.taken.clear()
+        if number == 1:
+            until_not_watched(reader)
     watch.close()
 
 
-def test_the_watch_sleeps_when_nothing_happens_and_can_be_closed_then() -> None:
+def test_the_watch_looks_only_at_who_was_busy_and_can_be_closed_then() -> None:
     watch = Watch()
-    reader = Reader()
-    watch.add(reader)  # type: ignore[arg-type]
-    watch.wake()
-    for _ in range(2000):
-        if watch.asleep:
-            break
-        threading.Event().wait(0.005)
-    assert watch.asleep
+    readers = [Reader(), Reader()]
+    for reader in readers:
+        watch.look_at(reader)  # type: ignore[arg-type]
+    assert watch.several
+    readers[0].busy = True
+    until_not_watched(readers[1])
+    assert readers[0].taken.wait(WAIT)
+    assert not watch.several
+    until_not_watched(readers[0])
     watch.close()
 
 
-class _LateEvent(threading.Event):
-    """An event that is set by somebody else just before it is cleared."""
+def test_a_reader_that_begins_while_the_watch_turns_away_is_looked_at() -> None:
+    """It is busy before it asks whether it is watched; the watch asks in the opposite order."""
 
-    def __init__(self, watch: Watch, just_before: Callable[[], None]) -> None:
-        super().__init__()
-        self._watch = watch
-        self._just_before = just_before
+    class Late(Reader):
+        @property
+        def watched(self) -> bool:
+            return self._watched
 
-    def clear(self) -> None:
-        self._just_before()
-        super().clear()
+        @watched.setter
+        def watched(self, value: bool) -> None:
+            self._watched = value
+            if not value and hasattr(self, "progress"):
+                self.busy = True  # it saw True just before
+
+    watch = Watch()
+    reader = Late()
+    watch.look_at(reader)  # type: ignore[arg-type]
+    assert reader.taken.wait(WAIT)
+    watch.close()
 
 
 def test_the_watch_does_not_sleep_through_its_end() -> None:
     watch = Watch()
-
-    def close() -> None:
-        watch._closed = True  # as `close` does, in another thread
-        watch._wakeup.set()
-
-    watch._wakeup = _LateEvent(watch, close)
-    watch.add(Reader())  # type: ignore[arg-type]
+    reader = Reader()
+    watch.look_at(reader)  # type: ignore[arg-type]
+    watch.remove(reader)  # type: ignore[arg-type]
+    watch.close()  # while it is about to sleep, or just asleep
     assert watch._thread is not None
-    watch._thread.join(PATIENCE * 0.005 + WAIT)
     assert not watch._thread.is_alive()
 
 
-def test_a_reader_is_busy_before_it_asks_whether_the_watch_sleeps(
+def test_a_reader_is_busy_before_it_asks_whether_it_is_watched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Else the watch could fall asleep in between, and a call that waits would not be noticed."""
+    """Else the watch could turn away in between, and a call that waits would not be noticed."""
     asked: list[bool] = []
 
     class Asked(Watch):
-        @property
-        def asleep(self) -> bool:
-            asked.extend(t.busy for t in self._seen if threading.current_thread() is not me)
-            return True
+        def look_at(self, transmission: Any) -> None:
+            asked.append(transmission.busy)
+            super().look_at(transmission)
 
-        @asleep.setter
-        def asleep(self, value: bool) -> None:
-            pass
-
-    me = threading.current_thread()
     monkeypatch.setattr("pynbdkit.server.server.Watch", Asked)
     device = Meeting(lambda offset: None)
     with pynbdkit.serve(Devices(device)) as server, client_of(server) as client:

@@ -15,6 +15,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,8 @@ import pynbdkit
 from pynbdkit import CacheMode, Device, Fua, Plugin, RunningServer, Session, ThreadModel, log
 from pynbdkit.complete import Layer
 from pynbdkit.protocol.negotiated import ExportInfo, Negotiated
+from pynbdkit.protocol.requests import RequestParser
+from pynbdkit.server import transmission
 from pynbdkit.server.transmission import HOLE_PAYS, Transmission
 from pynbdkit.server.watch import Watch
 from raw import CACHE, FLUSH, READ, STATUS, TRIM, WRITE, ZEROES, Raw
@@ -474,6 +477,40 @@ def test_the_largest_read_and_write(nbd: ModuleType, connect: Callable[..., Any]
         assert client.pread(largest, 0) == b"r" * largest
         client.pwrite(b"w" * largest, 0)
     assert written == [(largest, b"w", b"w")]
+
+
+def test_a_silent_client_keeps_no_large_buffer_and_goes_on(
+    sockdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The silence may come between requests, and in the middle of one."""
+    silent = threading.Semaphore(0)
+    shrink = RequestParser.shrink
+    large: list[bool] = []
+
+    def noted(parser: RequestParser) -> None:
+        shrink(parser)
+        if not parser.partial:
+            parser.space()
+            large.append(parser.large)
+        silent.release()
+
+    monkeypatch.setattr(transmission, "LONG_SILENCE", 0.05)
+    monkeypatch.setattr(RequestParser, "shrink", noted)
+    plugin = pynbdkit.load_plugin("memory", size="1M")
+    data = bytes(range(250)) * 1200
+    with pynbdkit.serve(plugin, unix=str(sockdir / "s")) as server, Raw(str(sockdir / "s")) as raw:
+        for _ in range(2):
+            raw.send(raw.request(WRITE, 1, 0, len(data)) + data[:1000])
+            assert silent.acquire(timeout=10)
+            raw.send(data[1000:])
+            assert raw.simple() == (1, 0, b"")
+            while not large:
+                assert silent.acquire(timeout=10)
+            assert large == [False]
+            large.clear()
+            raw.ask(READ, 2, 0, len(data))
+            assert raw.simple(len(data)) == (2, 0, data)
+        assert server.connections == 1
 
 
 # -- block status ----------------------------------------------------------------------------------

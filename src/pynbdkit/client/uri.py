@@ -77,6 +77,10 @@ class Uri(NamedTuple):
 def parse_uri(text: str) -> Uri:
     """Return what ``text`` means; raises UriError, which names the trouble."""
     try:
+        text.encode()  # Bytes of a command line that are no UTF-8 could not be told to a server.
+    except UnicodeEncodeError:
+        raise UriError(f"{text!a}: a URI is UTF-8") from None
+    try:
         parts = urlsplit(text)
         export = unquote(parts.path.removeprefix("/"), errors="strict")
         options = parse_qsl(parts.query, keep_blank_values=True, errors="strict")

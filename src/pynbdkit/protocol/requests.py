@@ -38,10 +38,15 @@ REQUEST: Final = Struct(">IHHQQI")
 EXTENDED_REQUEST: Final = Struct(">IHHQQQ")
 """The same with a length of 64 bits ("Extended request")."""
 
+FIRST_BUFFER: Final = 4 * 1024
+"""What a connection begins with, and what an idle one has."""
 SMALL_BUFFER: Final = 64 * 1024
-"""What a connection begins with."""
+"""What it grows to when it has something to do."""
 LARGE_BUFFER: Final = 2 * 1024 * 1024
 """What a busy connection's buffer grows to; more only while one larger write arrives."""
+MAPPED_BUFFER: Final = 128 * 1024
+"""From this size on a buffer is a mapping of its own: what no byte has come to costs no memory, so
+that a large write costs what was sent of it, not what was announced."""
 FEW_REQUESTS: Final = 64
 """A buffer that is filled by fewer requests than this grows: more of them would fill a batch."""
 MANY_REQUESTS: Final = 4096
@@ -77,8 +82,7 @@ class RequestParser:
         """`first`: bytes that came with the end of the handshake; `extended`: its headers."""
         self._max_payload = max_payload
         self._extended = extended
-        self._size = max(SMALL_BUFFER, len(first))
-        self._view = memoryview(bytearray(self._size))
+        self._renew(max(FIRST_BUFFER, len(first)))
         self._view[: len(first)] = first
         self._start = 0  # first byte that is not parsed
         self._end = len(first)  # first byte that is not received
@@ -86,7 +90,7 @@ class RequestParser:
             EXTENDED_REQUEST.size if extended else REQUEST.size
         )  # bytes from _start that the next request needs
         self._skip = 0  # bytes of an oversized payload still to come
-        self._aim = SMALL_BUFFER  # the size that the buffer should have, next time
+        self._aim = FIRST_BUFFER  # the size that the buffer should have, next time
         self.broken = ""
         """Why nothing more can be understood (a wrong magic number); "" as long as all is well."""
 
@@ -104,7 +108,7 @@ class RequestParser:
         """Where the next bytes go: never empty. Ends the life of earlier payloads."""
         start, end, need = self._start, self._end, self._need
         if need > self._aim:
-            self._aim = min(need, LARGE_BUFFER)
+            self._aim = min(max(need, SMALL_BUFFER), LARGE_BUFFER)
         size = need if need > self._aim else self._aim
         if size != self._size and end - start < size:
             tail = self._view[start:end]
@@ -113,7 +117,9 @@ class RequestParser:
             self._view[:end] = tail
         elif start == end:
             start = end = 0
-        elif start and (need > self._size - start or self._size - end < SMALL_BUFFER // 2):
+        elif start and (
+            need > self._size - start or self._size - end < min(self._size, SMALL_BUFFER) // 2
+        ):
             tail_bytes = bytes(self._view[start:end])
             start, end = 0, len(tail_bytes)
             self._view[:end] = tail_bytes
@@ -131,8 +137,8 @@ class RequestParser:
             self._skip -= skipped
             self._start += skipped
         result = self._parse_extended() if self._extended else self._parse()
-        if self._end == self._size and len(result) < FEW_REQUESTS:
-            self._aim = min(4 * self._aim, LARGE_BUFFER)
+        if self._end == self._size and (len(result) < FEW_REQUESTS or self._size < SMALL_BUFFER):
+            self._aim = min(max(4 * self._aim, SMALL_BUFFER), LARGE_BUFFER)
         elif len(result) > MANY_REQUESTS:
             self._aim = SMALL_BUFFER
         return result
@@ -207,6 +213,25 @@ class RequestParser:
         self._view[: len(tail)] = tail
         self._start, self._end = 0, len(tail)
 
+    @property
+    def large(self) -> bool:
+        """Whether the buffer is larger than an idle connection needs."""
+        return self._size > FIRST_BUFFER
+
+    def shrink(self) -> None:
+        """Nothing has come for long: the next `space` is small, unless a request has begun."""
+        self._aim = FIRST_BUFFER
+
+    def close(self) -> None:
+        """Give the buffer back: whoever may still know this parser keeps no memory with it."""
+        self._view = memoryview(b"")
+        self._size = self._start = self._end = 0
+
     def _renew(self, size: int) -> None:
         self._size = size
-        self._view = memoryview(bytearray(size))
+        if size < MAPPED_BUFFER:
+            self._view = memoryview(bytearray(size))
+        else:
+            from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+
+            self._view = memoryview(mmap(-1, size, MAP_PRIVATE | MAP_ANONYMOUS))

@@ -34,11 +34,6 @@ KEEPALIVE_INTERVAL: Final = 15
 KEEPALIVE_COUNT: Final = 8
 """Eight questions without an answer, a quarter of a minute apart: a network may be away for two
 minutes (a switch that starts anew) without a connection lost."""
-USER_TIMEOUT: Final = KEEPALIVE_IDLE + KEEPALIVE_COUNT * KEEPALIVE_INTERVAL
-"""Seconds that what we have sent may be left unacknowledged. The kernel sends it again and again
-then, and does not ask: without this, for a quarter of an hour. As long as with the questions. A
-client that is there and takes nothing (its window is closed) counts for the kernel as one that has
-gone, and is ended, too."""
 
 
 def tune(sock: socket.socket) -> None:
@@ -46,6 +41,9 @@ def tune(sock: socket.socket) -> None:
 
     Does nothing to a socket of another kind. Raises OSError.
     """
+    # Not TCP_USER_TIMEOUT: for it, a client that is there and takes no replies for a while (it was
+    # stopped, or writes into a pipe that nobody reads) is one that has gone. Replies that a machine
+    # without power does not acknowledge are given up by the kernel, after a quarter of an hour.
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -54,7 +52,6 @@ def tune(sock: socket.socket) -> None:
         ("TCP_KEEPIDLE", KEEPALIVE_IDLE),
         ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL),
         ("TCP_KEEPCNT", KEEPALIVE_COUNT),
-        ("TCP_USER_TIMEOUT", USER_TIMEOUT * 1000),
     ):
         number = getattr(socket, name, None)  # not every system has them all
         if number is not None:

@@ -27,6 +27,7 @@ import os
 import socket
 import threading
 from collections import deque
+from struct import Struct
 from time import perf_counter, thread_time
 
 from .. import log
@@ -90,6 +91,9 @@ WORTH_WAITING: Final = 16 << 10
 """When more of a write's payload is missing, it is received in one go, not as it trickles in."""
 SMALL_REQUEST: Final = 32 << 10
 """Requests of up to this many bytes run one batch at a time (see `Watch.gate`)."""
+LONG_SILENCE: Final = 5.0
+"""Seconds after which a client that sends nothing is idle: it needs no large buffer."""
+TIMEVAL: Final = Struct("ll")
 HOLE_PAYS: Final = 32 << 10
 """Reads of at least this many bytes are looked at for zeros, to be sent as a hole."""
 
@@ -135,6 +139,7 @@ class Transmission:
         self._extended = negotiated.extended_headers
         self._parser = RequestParser(leftover, extended=self._extended)
         self._first = bool(leftover)
+        self._timed = False  # silence is noticed: the parser has a large buffer to give back
         self._structured = negotiated.structured_replies
         self._contexts = dict(negotiated.contexts)
 
@@ -151,6 +156,8 @@ class Transmission:
         self._serial = 0  # counts the batches
         self._epoch = 0  # grows when a reader is left behind
         self._busy = False  # the reader is running a batch
+        self.watched = False
+        """Whether the watch looks at this connection (it sets this)."""
         self._waited = 0.0  # seconds that a batch's writes with FUA took: they wait by nature
         self._probing = 0  # batches to measure the processor time of, after a slow one
         self.goodbye = False
@@ -170,8 +177,6 @@ class Transmission:
 
     def run(self) -> str:
         """Serve until the client has gone; returns why ("" for an orderly end)."""
-        if self._measured:
-            self._watch.add(self)
         try:
             self._read(self._epoch)
         finally:
@@ -179,6 +184,7 @@ class Transmission:
                 self._crew.join()
             if self._measured:
                 self._watch.remove(self)
+            self._parser.close()
         return self._why or ""
 
     def stop(self) -> None:
@@ -201,10 +207,16 @@ class Transmission:
                 if self._stopping:
                     raise Disconnect("")
                 space, missing = parser.space(), parser.missing
-                if missing > WORTH_WAITING:
-                    count = self._sock.recv_into(space, missing, socket.MSG_WAITALL)
-                else:
-                    count = self._sock.recv_into(space)
+                if parser.large is not self._timed:
+                    self._timed = self._note_silence(parser.large)
+                try:
+                    if missing > WORTH_WAITING:
+                        count = self._sock.recv_into(space, missing, socket.MSG_WAITALL)
+                    else:
+                        count = self._sock.recv_into(space)
+                except BlockingIOError:  # it has been silent for long
+                    parser.shrink()
+                    continue
                 if not count:
                     partial = parser.partial
                     raise Disconnect("client has gone within a request" if partial else "")
@@ -212,6 +224,14 @@ class Transmission:
             requests = parser.requests()
             if requests:
                 return requests
+
+    def _note_silence(self, wanted: bool) -> bool:
+        """Whether receiving is to end with BlockingIOError after a long silence."""
+        if type(self._sock) is socket.socket:
+            seconds = LONG_SILENCE if wanted else 0.0
+            limit = TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        return wanted
 
     def _read(self, epoch: int) -> None:
         """Be the reader until the connection ends or another thread has taken over."""
@@ -285,8 +305,8 @@ class Transmission:
         probing = self._probing
         cpu, switches = (thread_time(), _switches()) if probing else (0.0, 0)
         self._busy = True  # first: the watch looks once more after it has said that it sleeps
-        if self._watch.asleep:
-            self._watch.wake()
+        if not self.watched:
+            self._watch.look_at(self)
         gate = self._enter_gate(batch) if self._watch.several else None
         wall = perf_counter()
         try:

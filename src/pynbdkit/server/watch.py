@@ -1,8 +1,8 @@
 """Watch: notices a request that holds up a connection's other requests.
 
 One thread for the whole server. It looks every few milliseconds at the connections whose calls
-declare nothing about waiting, and only while they are busy: when nothing has happened for a while
-it sleeps until a reader wakes it.
+declare nothing about waiting, and only at those that were busy lately: when there is none, it
+sleeps until a reader wakes it.
 """
 
 from __future__ import annotations
@@ -20,20 +20,24 @@ GATE_PATIENCE: Final = 0.002
 TICK: Final = 0.005
 """Seconds between looks: a call that lasts over one to two of them is left behind."""
 PATIENCE: Final = 40
-"""Looks without any progress to see before the watch sleeps."""
+"""Looks without anything to see before a connection is not looked at any more."""
 
 
 class Watch:
-    """Calls `take_over` of a transmission whose reader is in one call for over a tick."""
+    """Calls `take_over` of a transmission whose reader is in one call for over a tick.
+
+    A connection is looked at from its `look_at` until it has done nothing for `PATIENCE` looks: a
+    thousand idle ones cost the busy ones nothing.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._seen: dict[Transmission, tuple[int, int]] = {}
+        self._seen: dict[Transmission, tuple[tuple[int, int], int]] = {}  # progress, quiet looks
         self._wakeup = threading.Event()
         self._thread: threading.Thread | None = None
         self._closed = False
         self.several = False
-        """Whether more than one connection is watched."""
+        """Whether more than one connection has been busy lately."""
         self.gate = threading.Lock()
         """Held while a batch of small requests runs, when there are several connections.
 
@@ -41,66 +45,65 @@ class Watch:
         and to get it back costs more than the call. At the gate the others wait without wanting
         the interpreter. It is a matter of speed alone: whoever waits too long goes on without.
         """
-        self.asleep = True
-        """A reader that begins to work while this is true calls `wake`."""
 
-    def add(self, transmission: Transmission) -> None:
-        """Look at this connection too."""
+    def look_at(self, transmission: Transmission) -> None:
+        """This connection, which was not `watched`, is busy (it says so first)."""
         with self._lock:
-            self._seen[transmission] = (-1, 0)
+            transmission.watched = True
+            self._seen[transmission] = ((-1, 0), 0)
             self.several = len(self._seen) > 1
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
                 self._thread.start()
+            self._wakeup.set()
 
     def remove(self, transmission: Transmission) -> None:
         """This connection has ended."""
         with self._lock:
-            self._seen.pop(transmission, None)
-            self.several = len(self._seen) > 1
-
-    def wake(self) -> None:
-        """Something has begun."""
-        self.asleep = False
-        self._wakeup.set()
+            self._forget(transmission)
 
     def close(self) -> None:
         """End the thread."""
         with self._lock:
             self._closed = True
             thread = self._thread
-        self._wakeup.set()
+            self._wakeup.set()
         if thread is not None:
             thread.join()
 
-    def _anyone_busy(self) -> bool:
-        with self._lock:
-            return any(transmission.busy for transmission in self._seen)
+    def _forget(self, transmission: Transmission) -> None:
+        self._seen.pop(transmission, None)
+        self.several = len(self._seen) > 1
 
     def _run(self) -> None:
-        quiet = 0
         pause = threading.Event()
-        while not self._closed:
-            if quiet >= PATIENCE:
-                self._wakeup.clear()
-                self.asleep = True
-                # One may have begun before it could see us asleep; `close` may have been quicker.
-                if not self._closed and not self._anyone_busy():
-                    self._wakeup.wait()
-                self.asleep = False
-                quiet = 0
+        while True:
+            self._wakeup.wait()
+            if self._closed:
+                return
             pause.wait(TICK)
-            quiet += 1
             with self._lock:
                 seen = list(self._seen.items())
+                if not seen and not self._closed:
+                    self._wakeup.clear()
             for transmission, before in seen:
-                now = transmission.progress
-                if now != before:
-                    quiet = 0
-                    with self._lock:
-                        if transmission in self._seen:
-                            self._seen[transmission] = now
-                elif transmission.busy:
-                    quiet = 0
-                    self.gate = threading.Lock()  # it may hold the old one
-                    transmission.take_over()
+                self._look(transmission, *before)
+
+    def _look(self, transmission: Transmission, before: tuple[int, int], quiet: int) -> None:
+        now = transmission.progress
+        moves, busy = now != before, transmission.busy
+        quiet = 0 if moves or busy else quiet + 1
+        with self._lock:
+            if transmission not in self._seen:
+                return  # it has ended
+            self._seen[transmission] = (now, quiet)
+            if quiet >= PATIENCE:
+                # It may have begun before it could see that nobody looks any more.
+                transmission.watched = False
+                if transmission.busy:
+                    transmission.watched = True
+                else:
+                    self._forget(transmission)
+        if busy and not moves:
+            self.gate = threading.Lock()  # it may hold the old one
+            transmission.take_over()
