@@ -80,6 +80,7 @@ def test_parse(text: str, uri: Uri) -> None:
         ("nbd://[::1/", "IPv6"),
         ("nbd://localhost/a#b", "%23"),
         ("nbd://localhost/%ff", "utf-8"),
+        ("nbd://localhost/\udcff", "UTF-8"),  # a byte of a command line
     ],
 )
 def test_what_cannot_be_understood_is_named(text: str, word: str) -> None:
