@@ -252,6 +252,51 @@ def test_threads_send_and_receive_at_once(pair: Pair) -> None:
     assert got == {b"a": list(range(rounds)), b"b": list(range(rounds))}
 
 
+class OneAtATime:
+    """A TLS object as it wants to be used; it is slow, so that two threads do meet."""
+
+    def __init__(self, tls: ssl.SSLObject) -> None:
+        self._tls = tls
+        self._busy = threading.Lock()
+        self.met = 0
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._tls, name)
+
+        def call(*arguments: Any) -> Any:
+            free = self._busy.acquire(blocking=False)
+            self.met += not free
+            try:
+                time.sleep(0.001)
+                return method(*arguments)
+            finally:
+                if free:
+                    self._busy.release()
+
+        return call
+
+
+def test_openssls_object_is_used_by_one_thread_at_a_time(pair: Pair) -> None:
+    guard: Any = OneAtATime(pair.stream.tls)
+    pair.stream.tls = guard
+    rounds = 60
+
+    def read() -> None:
+        buffer = bytearray(10)
+        for _ in range(rounds):
+            assert pair.stream.recv_into(buffer, 10, socket.MSG_WAITALL) == 10
+
+    def send() -> None:
+        for _ in range(rounds):
+            pair.stream.sendmsg([bytes(10)])
+
+    for _ in range(rounds):
+        pair.client.sendall(bytes(10))
+    with Thread(read), Thread(send), Thread(send):
+        pair.receive(2 * rounds * 10)
+    assert guard.met == 0
+
+
 def test_a_client_that_does_not_read_stops_its_senders_alone(pair: Pair) -> None:
     """While one thread waits to send, another receives: a client's last word gets through."""
     data = bytes(8 << 20)
