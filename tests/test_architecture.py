@@ -14,9 +14,10 @@ DEVICE_LAYER = "device"
 ALLOWED = {
     "protocol": {"protocol"},
     "device": {"device"},
-    "plugins": {"plugins", "device", "adapters"},
+    "plugins": {"plugins", "device", "adapters", "native"},
     "filters": {"filters", "device"},
     "adapters": {"adapters", "device"},
+    "native": {"native", "device"},
     "server": {"server", "device", "protocol"},
     "client": {"client", "protocol", "device"},
     "cli": {"cli", "server", "client", "protocol", "device"},
@@ -26,6 +27,7 @@ EXCEPTIONS = {
     ("embed.py", "server"),  # the door for other programs: it runs a server, lazily
     ("__main__.py", "cli"),
     ("loader.py", "adapters"),  # a .py file is handed to the adapter that can run it
+    ("loader.py", "native"),  # and a shared object to its own
 }
 
 

@@ -142,7 +142,9 @@ def _plugin_from_file(path: str) -> Plugin:
     except OSError as error:
         raise LoadError(f"cannot open plugin '{path}': {error.strerror}") from None
     if head.startswith(b"\x7fELF") or path.endswith(".so"):
-        raise LoadError(f"cannot open plugin '{path}': plugins in C are not supported yet")
+        from .native.plugin import NativePlugin
+
+        return NativePlugin(path)
     first = head.split(b"\n", 1)[0]
     if not path.endswith(".py") and not (first.startswith(b"#!") and b"python" in first):
         raise LoadError(

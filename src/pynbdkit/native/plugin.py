@@ -1,0 +1,283 @@
+"""A plugin that is a shared object: its life's steps, as calls of its structure's functions.
+
+What fails in C returns a number and has said why by nbdkit_error, which is in the log by then. So
+a step that fails raises an error that names the plugin and the step, and no more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+from .. import log
+from ..errors import ConfigError, LoadError, OpenError
+from ..flags import ThreadModel
+from ..plugin import Plugin
+from . import library
+from .device import device_class
+from .structure import CALLBACKS, Structure, read
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any, Final
+
+    from ..device import Device
+    from ..session import Session
+    from .device import NativeDevice
+
+REQUIRED: Final = ("open", "get_size", "pread")
+_INIT: Final = "plugin_init"
+
+
+class NativePlugin(Plugin):
+    """The Plugin over a shared object. `path` is the file as the user named it."""
+
+    def __init__(self, path: str) -> None:
+        """Load a file. Raises LoadError."""
+        super().__init__()
+        self.path = path
+        self._library = library.load(path)
+        self._structure = plugin = _open(path)
+        self.name = _name(plugin.name, path)
+        self.longname = _shown(plugin.longname)
+        self.version = _shown(plugin.version)
+        self.description = _shown(plugin.description)
+        self.api_version = plugin.api_version
+        self.max_thread_model = plugin.thread_model
+        self.thread_model = plugin.thread_model
+        if not 0 <= plugin.thread_model <= ThreadModel.PARALLEL:
+            raise LoadError(f"{path}: thread model {plugin.thread_model} is unknown (0 to 3)")
+        self._device_class = device_class(self.name, plugin, self._library)
+        for required in REQUIRED:
+            if not (required == "open" and plugin.open) and not self._has(required):
+                raise LoadError(f"{path}: the plugin has no .{required} callback")
+
+    def _has(self, name: str) -> bool:
+        if name in vars(self._device_class):
+            return True
+        return name not in ("pread", "get_size") and bool(getattr(self._structure, name, None))
+
+    def _call(self, name: str, *arguments: Any, result: Any = ctypes.c_int) -> Any:
+        """Call a callback with C's arguments; None where the plugin has none."""
+        function = getattr(self._structure, name)
+        if not function:
+            return None
+        kinds = [ctypes.c_int if isinstance(a, int) else type(a) for a in arguments]
+        return ctypes.CFUNCTYPE(result, *kinds)(function)(*arguments)
+
+    def _step(self, name: str, *arguments: Any) -> int | None:
+        """Call a callback that says by -1 that it failed. Raises ConfigError."""
+        answer: int | None = self._call(name, *arguments)
+        if answer is not None and answer < 0:
+            raise ConfigError(f"the plugin's {name.removesuffix('_function')} failed")
+        return answer
+
+    # -- the life --------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Set the debug flags that are for it, and call its load."""
+        self._library.follow_log()
+        for flag, value in log.flags.items():
+            layer, _, name = flag.partition(".")
+            if layer == self.name:
+                self._set_debug_flag(name, value)
+        self._call("load", result=None)
+
+    def _set_debug_flag(self, name: str, value: int) -> None:
+        symbol = f"nbdkit_debug_{self.name}_{name}".replace(".", "_").replace("-", "_")
+        try:
+            ctypes.c_int.in_dll(_loaded[os.path.realpath(self.path)], symbol).value = value
+        except ValueError:
+            log.warning(f"-D {self.name}.{name} is not used: {self.path} has no {symbol}")
+
+    def unload(self) -> None:
+        """Call its unload; the file stays mapped, for its threads may still run."""
+        self._call("unload", result=None)
+
+    def config(self, key: str, value: str) -> None:
+        """One key=value. Raises ConfigError."""
+        if not self._structure.config:
+            raise ConfigError(f"{self.name} takes no parameters: {key}={value}")
+        words = (ctypes.c_char_p(os.fsencode(key)), ctypes.c_char_p(os.fsencode(value)))
+        if int(self._call("config", *words)) < 0:
+            raise ConfigError(f"the plugin does not take {key}={value}")
+
+    def magic_config_key(self) -> str:
+        """What a value without a key is for."""
+        return _shown(self._structure.magic_config_key)
+
+    def config_help(self) -> str:
+        """Its text for --help."""
+        return _shown(self._structure.config_help).rstrip("\n")
+
+    def config_complete(self) -> None:
+        """Its own check of the parameters; then it may narrow its thread model."""
+        self._step("config_complete")
+        model = self._step("thread_model_function")
+        if model is not None:
+            if not 0 <= model <= ThreadModel.PARALLEL:
+                raise ConfigError(f"{self.name}: thread_model is {model}, not 0 to 3")
+            self.thread_model = min(model, self.max_thread_model)
+
+    def get_ready(self) -> None:
+        """The last step before the server may go into the background."""
+        self._step("get_ready")
+
+    def after_fork(self) -> None:
+        """The first step in the process that serves."""
+        self._step("after_fork")
+
+    def cleanup(self) -> None:
+        """The server stops."""
+        self._call("cleanup", result=None)
+
+    # -- for --dump-plugin -----------------------------------------------------------------------
+
+    @property
+    def struct_size(self) -> int:
+        """The bytes of its structure."""
+        return int(self._structure.struct_size)
+
+    @property
+    def errno_is_preserved(self) -> int:
+        """Whether errno says what went wrong."""
+        return int(self._structure.errno_is_preserved)
+
+    def callbacks(self) -> list[str]:
+        """What it has, in the order of the structure."""
+        old = self.api_version < 2
+        found = []
+        for name in CALLBACKS:
+            other = name.endswith("_1") is not old and name.removesuffix("_1") in _VERSIONED
+            if getattr(self._structure, name) and not other:
+                found.append(name.removesuffix("_1").removesuffix("_function"))
+        return found
+
+    def dump_plugin(self) -> Iterable[tuple[str, str]]:
+        """What it prints by itself: on stdout, so it is caught there."""
+        if not self._structure.dump_plugin:
+            return
+        for line in _printed_by(lambda: self._call("dump_plugin", result=None)):
+            key, _, value = line.partition("=")
+            yield key, value
+
+    # -- clients ---------------------------------------------------------------------------------
+
+    def preconnect(self, readonly: bool) -> None:
+        """Ask whether it wants this client. Raises OpenError."""
+        answer = self._call("preconnect", int(readonly))
+        if answer is not None and answer < 0:
+            raise OpenError("the plugin refuses this client")
+
+    def list_exports(self, readonly: bool, is_tls: bool) -> Iterable[str | tuple[str, str]]:
+        """Its exports. Raises OpenError."""
+        if not self._structure.list_exports:
+            return super().list_exports(readonly, is_tls)
+        calls = self._library
+        found = calls.nbdkit_exports_new()
+        if not found:
+            raise MemoryError
+        try:
+            answer = self._call("list_exports", int(readonly), int(is_tls), ctypes.c_void_p(found))
+            if answer < 0:
+                raise OpenError("the plugin's list_exports failed")
+            number, address = calls.nbdkit_exports_count(found), calls.pynbdkit_exports_list(found)
+            entries = (_Export * number).from_address(address) if number else ()
+            return [
+                (os.fsdecode(entry.name), (entry.description or b"").decode(errors="replace"))
+                if entry.name is not None
+                else self.default_export(readonly, is_tls)
+                for entry in entries
+            ]
+        finally:
+            calls.nbdkit_exports_free(found)
+
+    def default_export(self, readonly: bool, is_tls: bool) -> str:
+        """What "" stands for. Raises OpenError."""
+        if not self._structure.default_export:
+            return ""
+        name = self._call("default_export", int(readonly), int(is_tls), result=ctypes.c_char_p)
+        if name is None:
+            raise OpenError("the plugin has no default export")
+        return os.fsdecode(name)
+
+    def open(self, session: Session) -> Device:
+        """A handle for a connection. Raises OSError."""
+        handle = self._library.pynbdkit_open(self._structure.open, int(session.readonly))
+        if not handle:
+            number = self._library.error_of_call(self.errno_is_preserved)
+            why = f": {os.strerror(number)}" if number else ""
+            raise OpenError(f"the plugin's open failed{why}")
+        made: NativeDevice = self._device_class(handle)
+        return made
+
+
+_VERSIONED: Final = frozenset(("pread", "pwrite", "flush", "trim", "zero"))
+_loaded: dict[str, ctypes.CDLL] = {}
+
+
+class _Export(ctypes.Structure):
+    _fields_ = [("name", ctypes.c_char_p), ("description", ctypes.c_char_p)]
+
+
+def _open(path: str) -> Structure:
+    """Load a shared object, and ask it for its structure. Raises LoadError."""
+    try:
+        # Its own symbols first: a plugin may bring another interpreter of this very language.
+        mode = os.RTLD_NOW | os.RTLD_LOCAL | getattr(os, "RTLD_DEEPBIND", 0)
+        loaded = ctypes.CDLL(os.path.abspath(path), mode=mode)
+    except OSError as error:
+        text = str(error)
+        raise LoadError(f"cannot load '{path}': {text.removeprefix(f'{path}: ')}") from None
+    _loaded[os.path.realpath(path)] = loaded
+    try:
+        init = getattr(loaded, _INIT)
+    except AttributeError:
+        raise LoadError(
+            f"{path}: not a plugin: it has no function {_INIT}"
+            " (is NBDKIT_REGISTER_PLUGIN used? Filters in C are not supported)"
+        ) from None
+    init.restype, init.argtypes = ctypes.c_void_p, []
+    address = init()
+    if not address:
+        raise LoadError(f"{path}: the plugin's registration failed ({_INIT} returned NULL)")
+    return read(address, path)
+
+
+def _name(name: bytes | None, path: str) -> str:
+    """A plugin's own name, checked as nbdkit-plugin(3) has it. Raises LoadError."""
+    if not name:
+        raise LoadError(f"{path}: the plugin has no name (.name is missing)")
+    text = name.decode(errors="replace")
+    if not (text[0].isalnum() and all(c.isascii() and (c.isalnum() or c in "-._") for c in text)):
+        raise LoadError(
+            f"{path}: the plugin's name is {text!r}: letters, digits and dashes may be in it"
+        )
+    return text
+
+
+def _shown(text: bytes | None) -> str:
+    return "" if text is None else text.decode(errors="replace")
+
+
+def _printed_by(call: Any) -> list[str]:
+    """The lines that C code prints on stdout."""
+    import sys
+    import tempfile
+
+    libc = ctypes.CDLL(None)
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    libc.fflush(None)
+    with tempfile.TemporaryFile() as file:
+        before = os.dup(1)
+        os.dup2(file.fileno(), 1)
+        try:
+            call()
+            libc.fflush(None)
+        finally:
+            os.dup2(before, 1)
+            os.close(before)
+        file.seek(0)
+        return [line.decode(errors="replace") for line in file.read().splitlines()]
