@@ -787,3 +787,52 @@ def test_wrong_keys(
     assert done.returncode != 0
     assert "it offers no pre-shared key" in with_keys.log()
     run("nbdinfo", "--size", psk_uri(with_keys, keys / "good"))
+
+
+# --- In somebody's own program -------------------------------------------------------------------
+
+
+def test_serve_refuses_what_cannot_be_meant(certificates: Certificates) -> None:
+    good = certificates["good"]
+    plugin = pynbdkit.load_plugin("memory", size=SIZE)
+    for options, says in (
+        ({"tls": "yes"}, "tls is 'yes', not 'off', 'on' or 'require'"),
+        ({"tls_certificates": good}, "no tls: say tls='require'"),
+        ({"tls_verify_peer": True}, "no tls: say tls='require'"),
+        ({"tls_psk": "keys"}, "no tls: say tls='require'"),
+        ({"tls": "require", "tls_certificates": good / "none"}, "none is not a folder"),
+        ({"tls": "on", "tls_certificates": good, "oldstyle": True}, "the oldstyle has no TLS"),
+    ):
+        with pytest.raises(pynbdkit.ConfigError, match=re.escape(says)):
+            pynbdkit.serve(plugin, **options)
+
+
+def test_oldstyle(start: Start, nbd: Any) -> None:
+    server = start(tls="off", oldstyle=True)
+    handle = nbd.NBD()
+    handle.connect_unix(server.socket)
+    assert handle.get_protocol() == "oldstyle"
+    handle.pwrite(b"old", 7)
+    assert bytes(handle.pread(5, 6)) == b"\0old\0"
+    handle.shutdown()
+    assert not server.reload_tls()
+
+
+def test_many_clients_leave_nothing_behind(start: Start, certificates: Certificates) -> None:
+    server = start()
+
+    def visit(count: int) -> None:
+        for number in range(count):
+            with contextlib.closing(secure(server, certificates["good"])) as client:
+                if number % 2:
+                    go(client)
+        deadline = time.monotonic() + LIMIT
+        while server.connections:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+    visit(2)
+    descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    visit(30)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert threading.active_count() == threads

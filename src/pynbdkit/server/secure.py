@@ -36,8 +36,9 @@ SMALL_RECEIVE: Final = 32 << 10
 """What is received at once, at first: an idle connection is not to cost much."""
 LARGE_RECEIVE: Final = 256 << 10
 """What is received at once on a busy connection."""
-AT_ONCE: Final = 256 << 10
-"""Bytes that are encrypted before they are sent."""
+AT_ONCE: Final = 128 << 10
+"""Bytes that are encrypted before they are sent: less than the kernel takes, so that the client
+decrypts what it has while we encrypt more."""
 LARGE_PIECE: Final = 4 * RECORD
 """Pieces of at least this many bytes are not joined with others, but for their ends."""
 MOST_UNSENT: Final = 64 << 10
@@ -133,7 +134,7 @@ class SecureStream:
                 if self._failure is not None and not filled:
                     raise self._failure
                 return filled
-            self._receive(size - filled if flags & socket.MSG_WAITALL else 0)
+            self._receive()
 
     def sendmsg(self, pieces: Sequence[Buffer]) -> int:
         """Encrypt and send all pieces; returns how many bytes they are. Raises OSError."""
@@ -201,8 +202,8 @@ class SecureStream:
                 self._failure = OSError(errno.EPROTO, "TLS: the client makes noise, and is deaf")
         return filled
 
-    def _receive(self, missing: int) -> None:
-        """Receive ciphertext; `missing`: so many bytes of data are waited for, in any case."""
+    def _receive(self) -> None:
+        """Receive ciphertext: what there is."""
         raw = self._raw
         count = self._sock.recv_into(raw)
         if not count:
