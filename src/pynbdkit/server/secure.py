@@ -296,4 +296,6 @@ class SecureStream:
             with contextlib.suppress(OSError):
                 self._sock.settimeout(0)
                 self._sock.sendmsg([self._unsent, self._outgoing.read()])
+            with contextlib.suppress(OSError):
+                self._sock.settimeout(None)  # the one who gave us stdin has the same socket
             self._wire.release()
