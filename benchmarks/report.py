@@ -81,18 +81,24 @@ TLS_FLOORS: Mapping[str, float] = {
     "write-256k-d4": 1.0,
 }
 CPU_CEILINGS: Mapping[str, float] = {"randread-4k-d16": 0.65, "randwrite-4k-d16": 0.65}
+NATIVE_FLOORS: Mapping[str, float] = {
+    "randread-4k-d16": 1.2,
+    "randwrite-4k-d16": 1.2,
+    "read-256k-d4": 1.0,
+    "write-256k-d4": 1.0,
+}
 
 
 def rate_floor(kind: str, workload: str) -> float | None:
     """Return the ratio that pynbdkit has to reach there, if one is set."""
-    if kind == "tls":
-        return TLS_FLOORS.get(workload)
+    if kind in ("tls", "native"):
+        return (TLS_FLOORS if kind == "tls" else NATIVE_FLOORS).get(workload)
     return SCRIPT_FLOOR if kind == "script" else RATE_FLOORS.get(workload)
 
 
 def cpu_ceiling(kind: str, workload: str) -> float | None:
     """Return the CPU ratio that pynbdkit may not exceed there, if one is set."""
-    return None if kind in ("script", "tls") else CPU_CEILINGS.get(workload)
+    return None if kind in ("script", "tls", "native") else CPU_CEILINGS.get(workload)
 
 
 def _shown_rate(record: Record) -> float:

@@ -8,6 +8,7 @@ serves nbd-server too: that one goes into the background, and is nobody's child 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import shutil
@@ -32,6 +33,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "file": ("nbdkit", "qemu-nbd", "nbd-server", "pynbdkit"),
     "tls": ("nbdkit", "pynbdkit"),
     "script": ("nbdkit", "pynbdkit"),
+    "native": ("nbdkit", "pynbdkit"),
 }
 PACKAGES = {"nbdkit": "nbdkit", "qemu-nbd": "qemu-utils", "nbd-server": "nbd-server"}
 
@@ -72,8 +74,10 @@ def command(name: str, kind: str, place: Place, sock: Path, pidfile: Path) -> li
             ],
             "file": ["file", str(place.disk)],
             "script": ["python", str(SCRIPT), f"size={place.size}"],
-        }[kind]
-        return [*start, "-f", "-U", str(sock), *what]
+        }
+        if kind == "native":
+            what[kind] = [native_plugin(), str(place.size)]
+        return [*start, "-f", "-U", str(sock), *what[kind]]
     if kind != "file":
         raise ValueError(f"{name} has no {kind} disk")
     if name == "qemu-nbd":
@@ -84,6 +88,14 @@ def command(name: str, kind: str, place: Place, sock: Path, pidfile: Path) -> li
         config = _nbd_server_config(place, sock)
         return ["nbd-server", "-C", str(config), "-p", str(pidfile)]
     raise ValueError(f"unknown server {name}")
+
+
+@functools.cache
+def native_plugin() -> str:
+    """Return the path of nbdkit's own memory plugin, a shared object, for the `native` kind."""
+    done = subprocess.run(["nbdkit", "--dump-config"], capture_output=True, text=True, check=True)
+    config = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    return str(Path(config["plugindir"]) / "nbdkit-memory-plugin.so")
 
 
 def make_certificates(folder: Path) -> None:

@@ -286,4 +286,5 @@ WORKLOADS: dict[str, tuple[Workload, ...]] = {
     "file": (*_SMALL, *_FOUR, *_LARGE, *_COPIES, *_FUA),
     "tls": (*_SCRIPT, *_LARGE, *_COPIES),
     "script": _SCRIPT,
+    "native": (*_SCRIPT, *_LARGE),
 }
