@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pynbdkit import Filter, LoadError, Plugin, loader
+import support
+from pynbdkit import Filter, LoadError, Plugin, loader, places
 
 PLUGIN = """
 from pynbdkit import Plugin, Device, parameters
@@ -271,3 +273,166 @@ def test_files_that_are_no_filter(tmp_path: Path, name: str, text: str | None, w
 def test_a_folder_is_no_plugin(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="Is a directory"):
         loader.load_plugin(f"{tmp_path}/")
+
+
+# -- nbdkit's --------------------------------------------------------------------------------------
+
+PLUGIN_IN_PERL = """#!/usr/bin/env -S pynbdkit perl
+my $size = 0;
+sub config { my ($key, $value) = @_; die "unknown: $key" if $key ne "size"; $size = int ($value) }
+sub open { return {} }
+sub get_size { return $size }
+sub pread { my ($h, $count, $offset) = @_; return "\\0" x $count }
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands for nbdkit's: the only one, wherever the tests run."""
+    monkeypatch.setattr(places, "folders", lambda: [str(tmp_path)])
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv(places.VARIABLE, raising=False)
+    return tmp_path
+
+
+def test_a_name_of_nbdkits(folder: Path) -> None:
+    """What is neither ours nor a distribution's is looked for there."""
+    file(folder, "nbdkit-older-plugin", f"#!/usr/sbin/nbdkit python\n{SCRIPT}")
+    path = file(folder, "nbdkit-broken-plugin.so", b"\x7fELF")
+    assert loader.load_plugin("older").name == "older"
+    with pytest.raises(LoadError, match=f"cannot load '{re.escape(path)}'"):
+        loader.load_plugin("broken")
+    with pytest.raises(LoadError, match=r"'nosuch': no such plugin \(there are: "):
+        loader.load_plugin("nosuch")
+
+
+def test_folders_of_the_command_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    file(folder, "nbdkit-older-plugin", f"#!/usr/sbin/nbdkit python\n{SCRIPT}")
+    file(folder, "nbdkit-own-plugin", f"#!/usr/sbin/nbdkit python\n{SCRIPT}")
+    own = file(tmp_path / "own", "nbdkit-older-plugin.so", b"\x7fELF")
+    with pytest.raises(LoadError, match=re.escape(own)):
+        loader.load_plugin("older", [str(tmp_path / "own")])
+    assert loader.load_plugin("own", [str(tmp_path / "own")]).name == "own"
+
+
+def test_ours_and_distributions_come_before_nbdkits(
+    folder: Path, installed: dict[tuple[str, str], Any]
+) -> None:
+    class Theirs(Plugin):
+        pass
+
+    installed["pynbdkit.plugins", "theirs"] = Theirs
+    for name in ("memory", "theirs"):
+        file(folder, f"nbdkit-{name}-plugin.so", b"\x7fELF")
+    assert type(loader.load_plugin("memory")).__module__ == "pynbdkit.plugins.memory"
+    assert isinstance(loader.load_plugin("theirs"), Theirs)
+    with pytest.raises(LoadError, match="file too short"):
+        loader.load_plugin(str(folder / "nbdkit-memory-plugin.so"))
+
+
+def test_the_option_and_the_variable(tmp_path: Path) -> None:
+    """On a real command line: the option's folders come first, and may be several."""
+    for number, name in enumerate(("a", "b", "c")):
+        (tmp_path / name).mkdir()
+        text = f"#!/usr/sbin/nbdkit python\n{SCRIPT}def dump_plugin(): print('from={name}')\n"
+        file(tmp_path / name, "nbdkit-mine-plugin", text)
+        file(tmp_path / name, f"nbdkit-mine{number}-plugin", text)
+    env = {**os.environ, places.VARIABLE: f"{tmp_path}/none:{tmp_path}/c"}
+    words = ("--plugin-path", f"{tmp_path}/none:{tmp_path}/a", f"--plugin-path={tmp_path}/b")
+    for name, expected in (("mine", "a"), ("mine0", "a"), ("mine1", "b"), ("mine2", "c")):
+        done = support.pynbdkit(*words, name, "--dump-plugin", env=env)
+        assert f"from={expected}\n" in done.stdout, done.stderr
+
+
+def test_starting_up_looks_for_no_nbdkit(tmp_path: Path) -> None:
+    """A plugin of ours, --help and --dump-config run no process and import nothing for it."""
+    program = tmp_path / "nbdkit"
+    program.write_text(f"#!/bin/sh\n: >{tmp_path}/ran\n")
+    program.chmod(0o755)
+    env = {**os.environ, "PATH": str(tmp_path), "PYTHONPROFILEIMPORTTIME": "1"}
+    for words in (["memory", "1M", "--dump-plugin"], ["--dump-config"], ["--help"]):
+        done = support.pynbdkit(*words, env=env)
+        assert done.returncode == 0
+        assert "pynbdkit._version" in done.stderr
+        for module in ("pynbdkit.places", "pynbdkit.native", "subprocess", "shutil", "ctypes"):
+            if module != "ctypes" or words != ["--dump-config"]:  # it asks for SELinux
+                assert not re.search(rf"\| +{module}$", done.stderr, re.MULTILINE), (words, module)
+    assert support.pynbdkit("no-such", env=env).returncode == 1
+    assert (tmp_path / "ran").exists()
+
+
+class Recorder(Plugin):
+    """What a script is handed to."""
+
+    api_version = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, ...]] = []
+
+    def load(self) -> None:
+        self.calls.append(("load",))
+
+    def config(self, key: str, value: str) -> None:
+        self.calls.append((key, value))
+
+
+@pytest.mark.parametrize(
+    ("line", "before"),
+    [
+        ("#!/usr/sbin/nbdkit recorder", []),
+        ("#!/usr/bin/env -S pynbdkit recorder level=5", [("level", "5")]),
+    ],
+)
+def test_a_script_is_its_plugins_first_parameter(
+    tmp_path: Path, installed: dict[tuple[str, str], Any], line: str, before: list[tuple[str, str]]
+) -> None:
+    """Once the plugin is loaded: languages begin there."""
+    installed["pynbdkit.plugins", "recorder"] = Recorder
+    script = file(tmp_path, "disk", f"{line}\n")
+    plugin = loader.load_plugin(script)
+    assert isinstance(plugin, Recorder)
+    assert plugin.calls == []
+    plugin.load()
+    plugin.config("size", "1M")
+    assert plugin.calls == [("load",), *before, ("script", script), ("size", "1M")]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("#!/usr/sbin/nbdkit nosuch", r"^PATH: cannot open plugin 'nosuch': no such plugin"),
+        ("#!/usr/bin/env -S nbdkit -f sh", r"'PATH': its first line has an option \(-f\)"),
+        ("#!/usr/sbin/nbdkit loop", "more than 4 scripts call each other"),
+        ("#!/usr/sbin/nbdkit sh", "'PATH': its first line has to name a shell"),
+        ("#!/usr/sbin/nbdkit", "'PATH': not a Python file"),
+    ],
+)
+def test_scripts_that_nothing_runs(folder: Path, line: str, words: str) -> None:
+    path = file(folder, "disk", f"{line}\n")
+    file(folder, "nbdkit-loop-plugin", "#!/usr/sbin/nbdkit loop\n")
+    with pytest.raises(LoadError, match=words.replace("PATH", re.escape(path))) as caught:
+        loader.load_plugin(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_script_for_a_plugin_in_c(tmp_path: Path) -> None:
+    """The file need not be given to the plugin by hand."""
+    if places.find("perl") is None:
+        support.missing("nbdkit's Perl plugin")
+    script = file(tmp_path, "disk", PLUGIN_IN_PERL)
+    command = 'nbdinfo --size "$uri"'
+    for words in ([script], ["perl", script], ["perl", f"script={script}"]):
+        done = support.pynbdkit("-U", "-", *words, "size=1536", "--run", command)
+        assert (done.returncode, done.stdout) == (0, "1536\n"), done.stderr
+
+
+def test_nbdkits_python_plugin(tmp_path: Path) -> None:
+    """It would bring another Python into this one: its file says what to do instead."""
+    path = places.find("python")
+    if path is None:
+        support.missing("nbdkit's python plugin")
+    done = support.pynbdkit(path, file(tmp_path, "disk.py", SCRIPT), "--dump-plugin")
+    line = f"pynbdkit: error: {path}: the python plugin is built in: pynbdkit python FILE\n"
+    assert (done.returncode, done.stderr) == (1, line)

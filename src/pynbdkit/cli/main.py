@@ -138,7 +138,7 @@ def _load(line: CommandLine) -> Chain:
 
     assert line.plugin is not None
     filters = [load_filter(name) for name in line.filter]
-    return Chain(load_plugin(line.plugin), filters)
+    return Chain(load_plugin(line.plugin, line.plugin_path), filters)
 
 
 def _parameters(chain: Chain, words: Sequence[str]) -> Iterator[tuple[str, str]]:

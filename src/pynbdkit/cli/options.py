@@ -64,6 +64,12 @@ OPTIONS: Final = (
     Option("no_sr", "--no-sr --no-structured-replies", "", "do not offer structured replies"),
     Option("oldstyle", "-o --old-style --oldstyle", "", "the oldstyle protocol (no names, no TLS)"),
     Option("pidfile", "-P --pid-file --pidfile", "FILE", "write the process id, when ready"),
+    Option(
+        "plugin_path",
+        "--plugin-path",
+        "DIR[:DIR...]",
+        "folders with plugins for nbdkit, searched first (repeatable)",
+    ),
     Option("port", "-p --port", "PORT", "listen on this port (default 10809; 0: any free one)"),
     Option("print_uri", "--print-uri", "", "print the URI, when ready"),
     Option("readonly", "-r --read-only --readonly", "", "let clients only read"),
@@ -84,7 +90,7 @@ OPTIONS: Final = (
     Option("version", "-V --version", "", "print the version and exit"),
     Option("vsock", "--vsock", "", "listen on a vsock port (-p), not a TCP port"),
 )
-REPEATED: Final = frozenset(("debug", "filter", "ipaddr"))
+REPEATED: Final = frozenset(("debug", "filter", "ipaddr", "plugin_path"))
 LAST_COUNTS: Final = (("ipv4", "ipv6"), ("newstyle", "oldstyle"))
 """Options of which the last one on the command line takes effect."""
 LOGS: Final = ("stderr", "syslog", "null")
