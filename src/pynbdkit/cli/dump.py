@@ -22,6 +22,7 @@ def config() -> Iterator[tuple[str, str]]:
     """The lines of --dump-config."""
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     machine = os.uname()
+    headers = os.path.join(package, "include")
     major, minor = __version__.split(".")[:2]
     yield "binary", os.path.abspath(sys.argv[0])
     yield "bindir", os.path.dirname(os.path.abspath(sys.argv[0]))
@@ -29,7 +30,10 @@ def config() -> Iterator[tuple[str, str]]:
     yield "filterdir", os.path.join(package, "filters")
     yield "host_cpu", machine.machine
     yield "host_os", machine.sysname.lower()
+    yield "includedir", headers
+    yield "max_api_version", "2"
     yield "name", "pynbdkit"
+    yield "pkgconfigdir", headers
     yield "plugindir", os.path.join(package, "plugins")
     yield "python_version", ".".join(map(str, sys.version_info[:3]))
     yield "root_tls_certificates_dir", ROOT_FOLDER
@@ -59,12 +63,17 @@ def plugin(chain: Chain) -> Iterator[tuple[str, str]]:
         os.path.abspath(getattr(it, "path", None) or getattr(module, "__file__", "") or ""),
     )
     yield "name", it.name
-    yield "version", it.version or __version__
+    struct_size = getattr(it, "struct_size", None)  # of a plugin in C
+    if it.version or struct_size is None:
+        yield "version", it.version or __version__
     yield "api_version", str(it.api_version)
-    most = type(it).thread_model  # a class says it; a script's is found out by asking
+    if struct_size is not None:
+        yield "struct_size", str(struct_size)
+    # Of others, a class says it; a script's is found out by asking.
+    most = getattr(it, "max_thread_model", type(it).thread_model)
     yield "max_thread_model", THREAD_MODEL_NAMES[most] if isinstance(most, int) else "parallel"
     yield "thread_model", THREAD_MODEL_NAMES[it.thread_model]
-    yield "errno_is_preserved", "1"
+    yield "errno_is_preserved", str(int(bool(getattr(it, "errno_is_preserved", 1))))
     if it.magic_config_key():
         yield "magic_config_key", it.magic_config_key()
     for name in it.callbacks():
