@@ -1,6 +1,7 @@
 # make test     everything that has to hold: lint, format, types, tests (installs what it needs)
 # make load     many clients, and what they cost (LOAD="--short" for a short run)
 # make crash    the server killed, its power cut, its resources gone (CRASH="--minutes 1" for a short run)
+# make fuzz     millions of bad inputs (FUZZ="--inputs 200000" for a short run)
 # make bench    side by side with the peers that are installed (BENCH="--quick" for a short run)
 
 PYTHON ?= python3
@@ -9,8 +10,9 @@ BIN = $(VENV)/bin
 WORKERS ?= 2
 TESTS ?= tests
 CRASH ?= --minutes 20
+CONNECTIONS ?= 2000
 
-.PHONY: all test check pytest bench crash load peers peers-next venv clean
+.PHONY: all test check pytest bench crash fuzz load peers peers-next venv clean
 
 all: test
 
@@ -34,6 +36,12 @@ crash: venv peers
 	$(BIN)/python campaigns/crash.py $(CRASH)
 	$(BIN)/python campaigns/crash.py --mutants
 	$(BIN)/python campaigns/faults.py
+
+fuzz: venv peers
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[fuzz]"
+	$(BIN)/python campaigns/fuzz.py $(FUZZ)
+	$(BIN)/python campaigns/fuzz.py --mutants
+	CONNECTIONS=$(CONNECTIONS) $(BIN)/python -m pytest --timeout 1800 tests/server/test_connection_machine.py
 
 venv: $(VENV)/.installed
 

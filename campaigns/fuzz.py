@@ -39,7 +39,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import fuzz_mutants
-from fuzz_base import LONGEST, Finding, Target, attempt, try_at_random
+from fuzz_base import Finding, Target, attempt, try_at_random
 
 TARGETS = {
     "handshake": ("fuzz_handshake", "Handshake"),
@@ -128,8 +128,14 @@ def by_coverage(name: str, inputs: int, seed: int, folder: Path) -> None:
         return target.mutate(bytes(data), Random(seed))[:longest]
 
     words = [
-        *("fuzz", f"-runs={inputs}", f"-seed={seed}", f"-max_len={LONGEST}", f"-timeout={SLOW}"),
-        *(f"-artifact_prefix={folder}/found-", "-rss_limit_mb=1024", "-verbosity=0", str(corpus)),
+        *("fuzz", f"-runs={inputs}", f"-seed={seed}", f"-timeout={SLOW}"),
+        *(
+            f"-max_len={target.longest}",
+            f"-artifact_prefix={folder}/found-",
+            "-rss_limit_mb=1024",
+            "-verbosity=0",
+            str(corpus),
+        ),
     ]
     counted = Counted(target, inputs, folder / "status")
     atheris.Setup(words, counted, custom_mutator=mutate)

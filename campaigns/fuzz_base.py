@@ -20,8 +20,8 @@ from pathlib import Path
 from random import Random
 
 SEEDS = Path(__file__).resolve().parent.parent / "tests" / "seeds"
-LONGEST = 4096
-"""Bytes of an input."""
+LONGEST = 2048
+"""Bytes of an input, unless the target says otherwise."""
 INTERESTING = (
     *(0, 1, 2, 3, 4, 7, 8, 16, 20, 27, 28, 31, 32, 64, 124, 127, 128, 255, 256, 511, 512, 513),
     *(4095, 4096, 4097, 32767, 32768, 65535, 65536, (1 << 26) - 1, 1 << 26, (1 << 26) + 1),
@@ -44,12 +44,14 @@ class Target:
     """One thing that is fuzzed.
 
     Attributes: `name` (also of its seeds' file); `modules` of the package whose lines it is to
-    reach; `share` of the inputs of a campaign; `text`: whether seeds are texts.
+    reach; `share` of the inputs of a campaign; `longest`: bytes of an input; `text`: whether seeds
+    are texts.
     """
 
     name = ""
     modules: Sequence[str] = ()
     share = 1.0
+    longest = LONGEST
     text = False
 
     def one(self, data: bytes) -> None:
@@ -109,7 +111,7 @@ def havoc(data: bytes, random: Random, words: Sequence[bytes] = ()) -> bytes:
             result[at:at] = random.randbytes(1 + random.randrange(4))
         else:
             result[at:at] = random.choice(words)
-    return bytes(result[:LONGEST])
+    return bytes(result)
 
 
 def reframe(
@@ -226,7 +228,7 @@ def try_at_random(target: Target, count: int, seed: int) -> None:
     for _ in range(count):
         data = random.choice(pool)
         for _ in range(1 + random.randrange(3)):
-            data = target.mutate(data, random)[:LONGEST]
+            data = target.mutate(data, random)[: target.longest]
         if random.randrange(16) == 0:
             pool.append(data)
             if len(pool) > 400:

@@ -559,6 +559,7 @@ class Handshake(Target):
     name = "handshake"
     modules = ("pynbdkit.protocol.handshake_server", "pynbdkit.protocol.options")
     share = 5.0
+    longest = 8192
 
     def one(self, data: bytes) -> None:
         """Negotiate, and look at what the server has said."""

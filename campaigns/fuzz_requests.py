@@ -125,7 +125,7 @@ class Model:
                 break
             asked += 1
             try:
-                at = self._one(request, sent, at)
+                at = self.check_reply(request, sent, at)
             except Finding as finding:
                 raise Finding(f"{finding}\n  request {asked}: {request}") from None
         check(at == len(sent), f"{len(sent) - at} bytes that answer no request")
@@ -184,17 +184,20 @@ class Model:
         """The errors that a valid request may come to, and whether it may also succeed."""
         disk, offset, kind = self.disk, asked.offset, asked.kind
         count = asked.length
+        wide: set[int] = set()
         if kind == STATUS:
             if asked.flags & PAYLOAD_LEN and asked.payload:
                 count = int.from_bytes(asked.payload[:8], "big")
             if not self.terms.extended and "test:wide" in self.wanted(asked).values():
-                return {EOVERFLOW, EIO}, False
+                wide = {EOVERFLOW, EIO}
         if isinstance(disk, fuzz_disks.Failing):
             number = disk.fails("flush" if kind == FLUSH else "", count, offset)
             if number:
                 known = {errno.ENOSPC: ENOSPC, errno.EPERM: EPERM, errno.EFBIG: ENOSPC}
                 known |= {errno.ENOMEM: ENOMEM, errno.ESHUTDOWN: ESHUTDOWN}
-                return {known.get(number, EIO)}, False
+                return {known.get(number, EIO), *wide}, False
+        if wide:
+            return wide, False
         if isinstance(disk, fuzz_disks.Odd) and PAGE <= offset < 2 * PAGE:
             if kind == READ:
                 good = offset % 6 in (1, 3, 4)  # too long is cut
@@ -219,7 +222,7 @@ class Model:
 
     # -- what is ---------------------------------------------------------------------------------
 
-    def _one(self, asked: Asked, sent: bytes, at: int) -> int:
+    def check_reply(self, asked: Asked, sent: bytes, at: int) -> int:
         """Check the reply to a request, which begins at `at`; returns where it ends."""
         errors = self.refusals(asked)
         good = not errors
