@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _local = threading.local()
 stops: list[Callable[[], None]] = []
 """`stop` of every server of this process, for code that runs outside of any connection."""
+stdio_is_taken = False
+"""Whether the client is on stdin and stdout (-s): they are not for plugins then."""
 
 
 class Session:
@@ -36,6 +38,7 @@ class Session:
         "_stopping",
         "export_name",
         "is_tls",
+        "kept",
         "peer_name",
         "peer_tls_dn",
         "peer_tls_issuer_dn",
@@ -63,6 +66,7 @@ class Session:
         self.peer_tls_dn = ""
         self.peer_tls_issuer_dn = ""
         self.peer_tls_user = ""
+        self.kept: dict[bytes, bytes] = {}  # texts that a plugin in C has pointers to
         self._credentials = credentials
         self._shutdown = shutdown
         self._security = security

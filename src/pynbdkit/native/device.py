@@ -12,6 +12,7 @@ import os
 
 from ..device import Device
 from ..errors import OpenError
+from ..flags import Flag
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ LONGEST: Final = (1 << 32) - (1 << 16)
 """The longest range that is asked for at once: lengths have 32 bits in C; aligned to any block."""
 COPIED: Final = 16 << 10
 """Payloads of up to this many bytes are copied: that is quicker than to find out where they are."""
-_MAX_EXTENTS: Final = 1 << 20
+MAX_STRING: Final = 4096
+"""The longest name or description that the protocol has, in bytes."""
 
 
 class _Extent(ctypes.Structure):
@@ -44,12 +46,34 @@ class NativeDevice(Device):
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
+        self._targets: list[Any] = []
+        self._read_target = self._write_target = self._fua_target = 0
+
+    def _target(self, function: int, flags: int) -> int:
+        """The address of a `struct target` (symbols.c): a function, our handle, the flags."""
+        made = (ctypes.c_void_p * 3)(function, self._handle, flags)
+        self._targets.append(made)
+        return ctypes.addressof(made)
+
+    def aim(self, read: int | None, write: int | None) -> None:
+        """Have the targets of pread and pwrite ready, for the functions there are."""
+        if read:
+            self._read_target = self._target(read, 0)
+        if write:
+            self._write_target = self._target(write, 0)
+            self._fua_target = self._target(write, Flag.FUA)
 
 
 def device_class(name: str, plugin: Structure, library: Library) -> type[NativeDevice]:
     """The class for a plugin's devices."""
     maker = _Maker(name, plugin, library)
-    methods: dict[str, Any] = {"carries_fua": plugin.api_version >= 2}
+    read, write = maker.function("pread"), maker.function("pwrite")
+
+    def __init__(device: NativeDevice, handle: int) -> None:
+        NativeDevice.__init__(device, handle)
+        device.aim(read, write)
+
+    methods: dict[str, Any] = {"carries_fua": plugin.api_version >= 2, "__init__": __init__}
     for callback, make in _METHODS.items():
         found = maker.function(callback)
         if found is not None:
@@ -79,9 +103,15 @@ class _Maker:
         return getattr(self.library, older if self.old and older else newer)
 
     def failed(self, callback: str) -> OSError:
-        """The error of a call that has just failed, in this thread."""
+        """The error of a request that has just failed, in this thread."""
         number = self.library.error_of_call(self.preserved) or errno.EIO
         return OSError(number, os.strerror(number))
+
+    def unanswered(self, callback: str) -> OpenError:
+        """The error of a question that has just failed, in this thread: not to be served."""
+        number = self.library.error_of_call(self.preserved)
+        why = f": {os.strerror(number)}" if number else ""
+        return OpenError(f"{self.name}: {callback} failed{why}")
 
     # -- the methods -----------------------------------------------------------------------------
 
@@ -92,9 +122,9 @@ class _Maker:
         def get_size(device: NativeDevice) -> int:
             size: int = call(function, device._handle)
             if size < 0:
-                number = self.library.error_of_call(self.preserved)
-                why = os.strerror(number) if number else "see the message before"
-                raise OpenError(f"{self.name}: get_size failed ({size}): {why}")
+                if size < -1:
+                    raise OpenError(f"{self.name}: get_size returned {size}, not 0 to 2**63 - 1")
+                raise self.unanswered(callback)
             return size
 
         return get_size
@@ -107,7 +137,7 @@ class _Maker:
         def ask(device: NativeDevice) -> int:
             answer: int = call(function, device._handle)
             if answer < 0:
-                raise self.failed(callback)
+                raise self.unanswered(callback)
             return answer if as_number else bool(answer)
 
         return ask
@@ -119,7 +149,7 @@ class _Maker:
         def block_size(device: NativeDevice) -> tuple[int, int, int]:
             sizes = [ctypes.c_uint32() for _ in range(3)]
             if call(function, device._handle, *map(ctypes.byref, sizes)) < 0:
-                raise self.failed(callback)
+                raise self.unanswered(callback)
             minimum, preferred, maximum = (size.value for size in sizes)
             return minimum, preferred, maximum
 
@@ -131,7 +161,9 @@ class _Maker:
 
         def export_description(device: NativeDevice) -> str | None:
             text: bytes | None = call(device._handle)
-            return None if text is None else text.decode(errors="replace")
+            if text is None or len(text) > MAX_STRING:
+                return None
+            return text.decode(errors="replace")
 
         return export_description
 
@@ -141,7 +173,7 @@ class _Maker:
 
         def pread(device: NativeDevice, count: int, offset: int, flags: int) -> Buffer:
             data = bytes(count if count > 1 else 2)  # one byte alone would be everybody's
-            if call(function, device._handle, data, count, offset, flags) < 0:
+            if call(device._read_target, data, count, offset) < 0:
                 raise self.failed(callback)
             return data if count > 1 else data[:count]
 
@@ -150,6 +182,7 @@ class _Maker:
     def pwrite(self, callback: str, function: int) -> Callable[..., Any]:
         """Write."""
         call = self.call(callback, "pynbdkit_pwrite", "pynbdkit_pwrite_1")
+        at, first_of = ctypes.byref, ctypes.c_char.from_buffer
 
         def pwrite(device: NativeDevice, buf: Buffer, offset: int, flags: int) -> None:
             count = len(buf)
@@ -159,10 +192,11 @@ class _Maker:
                     data = bytes(buf)
                 else:
                     try:
-                        data = (ctypes.c_char * count).from_buffer(buf)
+                        data = at(first_of(buf))
                     except (TypeError, BufferError):  # read-only, as zeros are
                         data = bytes(buf)
-            if call(function, device._handle, data, count, offset, flags) < 0:
+            target = device._fua_target if flags else device._write_target
+            if call(target, data, count, offset) < 0:
                 raise self.failed(callback)
 
         return pwrite
@@ -181,8 +215,11 @@ class _Maker:
         """trim, zero, cache: a range, which may be longer than C can say."""
         older = None if callback == "cache" else f"pynbdkit_{callback}_1"
         call = self.call(callback, "pynbdkit_range", older)
+        cannot_be_fast = self.old and callback == "zero"
 
         def on_range(device: NativeDevice, count: int, offset: int, flags: int) -> None:
+            if cannot_be_fast and flags & Flag.FAST_ZERO:  # and cannot be told to
+                raise OSError(errno.EOPNOTSUPP, "version 1 has no fast zero")
             while True:
                 piece = min(count, LONGEST)
                 if call(function, device._handle, piece, offset, flags) < 0:

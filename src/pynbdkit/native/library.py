@@ -10,6 +10,7 @@ connection that this thread works for.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import socket
@@ -35,8 +36,9 @@ _PROTOTYPES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "pynbdkit_ask": (_INT, [_ADDRESS, _HANDLE]),
     "pynbdkit_get_size": (_INT64, [_ADDRESS, _HANDLE]),
     "pynbdkit_open": (_ADDRESS, [_ADDRESS, _INT]),
-    "pynbdkit_pread": (_INT, [_ADDRESS, _HANDLE, _TEXT, _COUNT, _OFFSET, _FLAGS]),
-    "pynbdkit_pwrite": (_INT, [_ADDRESS, _HANDLE, _TEXT, _COUNT, _OFFSET, _FLAGS]),
+    "pynbdkit_is_there": (_VOID, [_INT]),
+    "pynbdkit_pread": (_INT, [_ADDRESS, _ADDRESS, _COUNT, _OFFSET]),
+    "pynbdkit_pwrite": (_INT, [_ADDRESS, _ADDRESS, _COUNT, _OFFSET]),
     "pynbdkit_flush": (_INT, [_ADDRESS, _HANDLE, _FLAGS]),
     "pynbdkit_range": (_INT, [_ADDRESS, _HANDLE, _COUNT, _OFFSET, _FLAGS]),
     "pynbdkit_extents": (_INT, [_ADDRESS, _HANDLE, _COUNT, _OFFSET, _FLAGS, _ADDRESS]),
@@ -49,7 +51,6 @@ _PROTOTYPES: Final[dict[str, tuple[Any, list[Any]]]] = {
     "nbdkit_exports_new": (_ADDRESS, []),
     "nbdkit_exports_count": (ctypes.c_size_t, [_ADDRESS]),
     "nbdkit_exports_free": (_VOID, [_ADDRESS]),
-    "nbdkit_strdup_intern": (_ADDRESS, [_TEXT]),
 }
 _SAME: Final = {  # the older forms take the same arguments as the newer ones
     "pynbdkit_pread_1": "pynbdkit_pread",
@@ -60,9 +61,9 @@ _SAME: Final = {  # the older forms take the same arguments as the newer ones
 }
 _KEPT: Final[list[Any]] = []
 """What C points to: it must never go."""
+_kept_texts: Final[dict[bytes, bytes]] = {}
 _lock = threading.Lock()
-stdio_is_taken = False
-"""Whether the client is on stdin and stdout (-s): they are not for plugins then."""
+_local = threading.local()
 
 
 class Library:
@@ -83,6 +84,10 @@ class Library:
             callback = ctypes.CFUNCTYPE(result, *arguments)(_guarded(function, failure))
             _KEPT.append(callback)
             table[number] = ctypes.cast(callback, _ADDRESS).value
+        # A process that a plugin makes by fork(2) must not wait for Python; ours may call it.
+        self.pynbdkit_is_there(1)
+        os.register_at_fork(after_in_child=lambda: self.pynbdkit_is_there(1))
+        atexit.register(self.pynbdkit_is_there, 0)  # a plugin's threads may outlive us
 
     def _declare(self, name: str, result: Any, arguments: list[Any]) -> None:
         function = getattr(self._library, name)
@@ -195,13 +200,30 @@ def _parse_delay(what: bytes, text: bytes, seconds: int, nanoseconds: int) -> in
 
 
 def _read_password(value: bytes) -> int | None:
-    return _interned(parse.read_password(_text(value)))
+    return _for_now(parse.read_password(_text(value)))
 
 
-def _interned(text: str) -> int | None:
-    assert _library is not None
-    found: int | None = _library.nbdkit_strdup_intern(os.fsencode(text))
-    return found
+def _intern(address: int, length: int) -> int | None:
+    """A copy of a string, for as long as the connection lasts that this thread works for.
+
+    Outside of any, for as long as the process does. Each is kept once (nbdkit-plugin(3), "STRING
+    LIFETIME").
+    """
+    session = sessions.current()
+    kept = _kept_texts if session is None else session.kept
+    data = ctypes.string_at(address, length)
+    return _address(kept.setdefault(data, data))
+
+
+def _address(data: bytes) -> int | None:
+    """Where the bytes are; a NUL is behind them."""
+    return ctypes.cast(ctypes.c_char_p(data), _ADDRESS).value
+
+
+def _for_now(text: str) -> int | None:
+    """A text that lasts until this thread's next: C makes a copy at once."""
+    _local.text = os.fsencode(text)
+    return _address(_local.text)
 
 
 def _connection() -> sessions.Session:
@@ -214,15 +236,16 @@ def _connection() -> sessions.Session:
 def _text_of_client(which: int) -> int | None:
     session = _connection()
     if which == 0:
-        return _interned(session.export_name)
+        name = os.fsencode(session.export_name)
+        return _address(session.kept.setdefault(name, name))
     if which == 1:
-        return _interned(session.peer_tls_dn)
+        return _for_now(session.peer_tls_dn)
     if which == 2:
-        return _interned(session.peer_tls_issuer_dn)
+        return _for_now(session.peer_tls_issuer_dn)
     label = session.peer_security_context
     if label is None:
         raise ValueError("this client has no security label")
-    return _interned(label)
+    return _for_now(label)
 
 
 def _number_of_client(which: int) -> int:
@@ -237,7 +260,10 @@ def _number_of_client(which: int) -> int:
 
 def _peer_name(address: int, length: int) -> int:
     """As getpeername(2): `length` is the room, and then what was needed."""
-    data = sockaddr(_connection().peer_name)
+    session = _connection()
+    if session.peer_name is None and session.peer_pid is None:
+        raise ValueError("this client has no address: it is on two pipes")
+    data = sockaddr(session.peer_name)
     size = ctypes.c_uint32.from_address(length)
     ctypes.memmove(address, data, min(size.value, len(data)))
     size.value = len(data)
@@ -276,7 +302,7 @@ def _nanosleep(seconds: int, nanoseconds: int) -> int:
 
 
 def _stdio_safe() -> int:
-    return int(not stdio_is_taken)
+    return int(not sessions.stdio_is_taken)
 
 
 def _shutdown() -> None:
@@ -306,6 +332,7 @@ _SERVER: Final[tuple[tuple[Any, Any, list[Any], Callable[..., Any]], ...]] = (
     (0, _INT, [], _stdio_safe),
     (None, _VOID, [], _shutdown),
     (-1, _INT, [_INT], _disconnect),
+    (None, _ADDRESS, [_ADDRESS, ctypes.c_size_t], _intern),
 )
 """In the order of `pynbdkit_server` in symbols.c: what is returned on failure, the types of the
 result and the arguments, the function."""

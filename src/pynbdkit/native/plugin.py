@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 
 from .. import log
+from .. import session as sessions
 from ..errors import ConfigError, LoadError, OpenError
 from ..flags import ThreadModel
 from ..plugin import Plugin
 from . import library
-from .device import device_class
+from .device import MAX_STRING, device_class
 from .structure import CALLBACKS, Structure, read
 
 TYPE_CHECKING = False
@@ -38,7 +40,8 @@ class NativePlugin(Plugin):
         super().__init__()
         self.path = path
         self._library = library.load(path)
-        self._structure = plugin = _open(path)
+        self._file, self._structure = _open(path)
+        plugin = self._structure
         self.name = _name(plugin.name, path)
         self.longname = _shown(plugin.longname)
         self.version = _shown(plugin.version)
@@ -70,7 +73,7 @@ class NativePlugin(Plugin):
         """Call a callback that says by -1 that it failed. Raises ConfigError."""
         answer: int | None = self._call(name, *arguments)
         if answer is not None and answer < 0:
-            raise ConfigError(f"the plugin's {name.removesuffix('_function')} failed")
+            raise ConfigError(f"{self.name}: {name.removesuffix('_function')} failed")
         return answer
 
     # -- the life --------------------------------------------------------------------------------
@@ -87,7 +90,7 @@ class NativePlugin(Plugin):
     def _set_debug_flag(self, name: str, value: int) -> None:
         symbol = f"nbdkit_debug_{self.name}_{name}".replace(".", "_").replace("-", "_")
         try:
-            ctypes.c_int.in_dll(_loaded[os.path.realpath(self.path)], symbol).value = value
+            ctypes.c_int.in_dll(self._file, symbol).value = value
         except ValueError:
             log.warning(f"-D {self.name}.{name} is not used: {self.path} has no {symbol}")
 
@@ -101,7 +104,7 @@ class NativePlugin(Plugin):
             raise ConfigError(f"{self.name} takes no parameters: {key}={value}")
         words = (ctypes.c_char_p(os.fsencode(key)), ctypes.c_char_p(os.fsencode(value)))
         if int(self._call("config", *words)) < 0:
-            raise ConfigError(f"the plugin does not take {key}={value}")
+            raise ConfigError(f"{self.name} does not take {key}={value}")
 
     def magic_config_key(self) -> str:
         """What a value without a key is for."""
@@ -168,12 +171,12 @@ class NativePlugin(Plugin):
         """Ask whether it wants this client. Raises OpenError."""
         answer = self._call("preconnect", int(readonly))
         if answer is not None and answer < 0:
-            raise OpenError("the plugin refuses this client")
+            raise OpenError(f"{self.name} refuses this client")
 
     def list_exports(self, readonly: bool, is_tls: bool) -> Iterable[str | tuple[str, str]]:
         """Its exports. Raises OpenError."""
         if not self._structure.list_exports:
-            return super().list_exports(readonly, is_tls)
+            return self._default_export(readonly, is_tls)
         calls = self._library
         found = calls.nbdkit_exports_new()
         if not found:
@@ -181,17 +184,26 @@ class NativePlugin(Plugin):
         try:
             answer = self._call("list_exports", int(readonly), int(is_tls), ctypes.c_void_p(found))
             if answer < 0:
-                raise OpenError("the plugin's list_exports failed")
+                raise OpenError(f"{self.name}: list_exports failed")
             number, address = calls.nbdkit_exports_count(found), calls.pynbdkit_exports_list(found)
             entries = (_Export * number).from_address(address) if number else ()
-            return [
-                (os.fsdecode(entry.name), (entry.description or b"").decode(errors="replace"))
-                if entry.name is not None
-                else self.default_export(readonly, is_tls)
-                for entry in entries
-            ]
+            listed: list[str | tuple[str, str]] = []
+            for entry in entries:
+                if entry.name is None:
+                    listed += self._default_export(readonly, is_tls)
+                else:
+                    listed.append((_export_name(entry.name, self.name), _shown(entry.description)))
+            return listed
         finally:
             calls.nbdkit_exports_free(found)
+
+    def _default_export(self, readonly: bool, is_tls: bool) -> list[str]:
+        """The default export's name for a list; none where the plugin has no default."""
+        try:
+            return [self.default_export(readonly, is_tls)]
+        except OpenError as error:
+            log.debug(str(error))
+            return []
 
     def default_export(self, readonly: bool, is_tls: bool) -> str:
         """What "" stands for. Raises OpenError."""
@@ -199,38 +211,46 @@ class NativePlugin(Plugin):
             return ""
         name = self._call("default_export", int(readonly), int(is_tls), result=ctypes.c_char_p)
         if name is None:
-            raise OpenError("the plugin has no default export")
-        return os.fsdecode(name)
+            raise OpenError(f"{self.name} has no default export")
+        if len(name) > MAX_STRING:
+            raise OpenError(
+                f"{self.name}: default_export returned {len(name)} bytes, over {MAX_STRING}"
+            )
+        return _export_name(name, self.name)
 
     def open(self, session: Session) -> Device:
         """A handle for a connection. Raises OSError."""
-        handle = self._library.pynbdkit_open(self._structure.open, int(session.readonly))
+        before = sessions.current()
+        sessions.set_current(session)  # which a filter may have given another export name
+        try:
+            handle = self._library.pynbdkit_open(self._structure.open, int(session.readonly))
+        finally:
+            sessions.set_current(before)
         if not handle:
             number = self._library.error_of_call(self.errno_is_preserved)
             why = f": {os.strerror(number)}" if number else ""
-            raise OpenError(f"the plugin's open failed{why}")
+            raise OpenError(f"{self.name}: open failed{why}")
         made: NativeDevice = self._device_class(handle)
         return made
 
 
 _VERSIONED: Final = frozenset(("pread", "pwrite", "flush", "trim", "zero"))
-_loaded: dict[str, ctypes.CDLL] = {}
+_loaded: set[object] = set()
+"""The files that were loaded before, by path and by inode."""
+_lock = threading.Lock()
 
 
 class _Export(ctypes.Structure):
     _fields_ = [("name", ctypes.c_char_p), ("description", ctypes.c_char_p)]
 
 
-def _open(path: str) -> Structure:
+def _open(path: str) -> tuple[ctypes.CDLL, Structure]:
     """Load a shared object, and ask it for its structure. Raises LoadError."""
     try:
-        # Its own symbols first: a plugin may bring another interpreter of this very language.
-        mode = os.RTLD_NOW | os.RTLD_LOCAL | getattr(os, "RTLD_DEEPBIND", 0)
-        loaded = ctypes.CDLL(os.path.abspath(path), mode=mode)
+        with _lock:
+            loaded = _load(os.path.abspath(path))
     except OSError as error:
-        text = str(error)
-        raise LoadError(f"cannot load '{path}': {text.removeprefix(f'{path}: ')}") from None
-    _loaded[os.path.realpath(path)] = loaded
+        raise LoadError(f"cannot load '{path}': {error.strerror or error}") from None
     try:
         init = getattr(loaded, _INIT)
     except AttributeError:
@@ -242,7 +262,68 @@ def _open(path: str) -> Structure:
     address = init()
     if not address:
         raise LoadError(f"{path}: the plugin's registration failed ({_INIT} returned NULL)")
-    return read(address, path)
+    return loaded, read(address, path)
+
+
+def _load(path: str) -> ctypes.CDLL:
+    """Load a file so that it has variables of its own. Raises OSError.
+
+    The dynamic loader knows files by name and inode: what it has loaded before, it hands out again,
+    with the variables as they are by now. Every plugin keeps its parameters in them, so a second
+    plugin of one process that is the same file is loaded from a copy.
+    """
+    mode = os.RTLD_NOW | os.RTLD_LOCAL
+    if _brings_python(path):
+        # Its own symbols first: this process has a Python, which is not the plugin's. Not so for
+        # others: what replaces malloc, say, for the whole process has to reach the plugin, too.
+        mode |= getattr(os, "RTLD_DEEPBIND", 0)
+    about = os.stat(path)
+    keys = {os.path.realpath(path), (about.st_dev, about.st_ino)}
+    if not keys & _loaded:
+        loaded = _dlopen(path, mode)
+        _loaded.update(keys)
+        return loaded
+    import tempfile
+
+    name = os.path.basename(path)
+    copy = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        with open(path, "rb") as file:
+            while os.sendfile(copy, file.fileno(), None, 1 << 30):
+                pass
+        # By a name that was never used: a descriptor's number may come again.
+        with tempfile.TemporaryDirectory(prefix="pynbdkit") as folder:
+            link = os.path.join(folder, name)
+            os.symlink(f"/proc/self/fd/{copy}", link)
+            return _dlopen(link, mode)
+    finally:
+        os.close(copy)
+
+
+def _dlopen(path: str, mode: int) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(path, mode=mode)
+    except OSError as error:
+        raise OSError(str(error).removeprefix(f"{path}: ")) from None
+
+
+def _brings_python(path: str) -> bool:
+    """Whether a shared object is linked with a libpython. Raises OSError."""
+    import mmap
+
+    with open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return False
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+            return content.find(b"\0libpython") >= 0
+
+
+def _export_name(name: bytes, where: str) -> str:
+    """An export's name, which is UTF-8 in the protocol. Raises OpenError."""
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        raise OpenError(f"{where}: the export name {name!r} is not UTF-8") from None
 
 
 def _name(name: bytes | None, path: str) -> str:

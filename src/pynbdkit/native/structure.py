@@ -106,10 +106,11 @@ SMALLEST: Final = Structure.pread_1.offset + ctypes.sizeof(ctypes.c_void_p)
 def read(address: int, file: str) -> Structure:
     """The structure at an address. Raises LoadError, naming the file, for what cannot be one."""
     size = ctypes.c_uint64.from_address(address).value
-    if not SMALLEST <= size < 1 << 16:
+    # A size that is no multiple of a pointer's would have us take half of one for a function.
+    if not SMALLEST <= size < 1 << 16 or size % ctypes.sizeof(ctypes.c_void_p):
         raise LoadError(
-            f"{file}: not a plugin: its structure has {size} bytes, the smallest has {SMALLEST}"
-            " (is NBDKIT_REGISTER_PLUGIN used?)"
+            f"{file}: not a plugin: its structure says that it has {size} bytes; the smallest has"
+            f" {SMALLEST}, and each field has a pointer's size (is NBDKIT_REGISTER_PLUGIN used?)"
         )
     version = Structure.from_address(address).api_version
     if version not in VERSIONS:

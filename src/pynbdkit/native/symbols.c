@@ -26,7 +26,6 @@
 #define MAX_EXTENTS (1 << 20)
 #define MAX_EXPORTS 10000
 #define MAX_STRING 4096
-#define BUCKETS 4096
 
 /* In the order of `library.py`, which fills it. */
 EXPORT struct {
@@ -45,7 +44,15 @@ EXPORT struct {
   int (*stdio_safe) (void);
   void (*shutdown) (void);
   int (*disconnect) (int force);
+  const char *(*intern) (const char *text, size_t length);
 } pynbdkit_server;
+
+/* Python may be gone already (or not be there, in a child process that only waits for its exec):
+ * then there is nobody to ask, and every question has this answer. */
+static volatile int nobody;
+
+#define ASK(answer, name, ...)                                          \
+  (nobody || pynbdkit_server.name == NULL ? (answer) : pynbdkit_server.name (__VA_ARGS__))
 
 EXPORT int pynbdkit_verbose; /* else nobody wants to know what nbdkit_debug says */
 
@@ -82,13 +89,36 @@ pynbdkit_error (int errno_is_preserved)
 }
 
 static void
-say (void (*to) (const char *), const char *format, va_list args)
+alone (void)
 {
+  nobody = 1;
+}
+
+/* Whether Python can be called; it can again, in a child process that Python itself has made. */
+EXPORT void
+pynbdkit_is_there (int yes)
+{
+  static int first = 1;
+
+  if (first)
+    pthread_atfork (NULL, NULL, alone);
+  first = 0;
+  nobody = !yes;
+}
+
+/* Errors are told in any case, debug messages only where Python is there to tell them. */
+static void
+say (int is_error, const char *format, va_list args)
+{
+  void (*to) (const char *) = is_error ? pynbdkit_server.error : pynbdkit_server.debug;
   int saved = errno;
   char *text;
 
-  if (to && vasprintf (&text, format, args) >= 0) {
-    to (text);
+  if (vasprintf (&text, format, args) >= 0) {
+    if (to && !nobody)
+      to (text);
+    else if (is_error)
+      dprintf (STDERR_FILENO, "pynbdkit: error: %s\n", text);
     free (text);
   }
   errno = saved;
@@ -97,7 +127,7 @@ say (void (*to) (const char *), const char *format, va_list args)
 EXPORT void
 nbdkit_verror (const char *format, va_list args)
 {
-  say (pynbdkit_server.error, format, args);
+  say (1, format, args);
 }
 
 EXPORT void
@@ -106,7 +136,7 @@ nbdkit_error (const char *format, ...)
   va_list args;
 
   va_start (args, format);
-  say (pynbdkit_server.error, format, args);
+  say (1, format, args);
   va_end (args);
 }
 
@@ -114,7 +144,7 @@ EXPORT void
 nbdkit_vdebug (const char *format, va_list args)
 {
   if (pynbdkit_verbose)
-    say (pynbdkit_server.debug, format, args);
+    say (0, format, args);
 }
 
 EXPORT void
@@ -124,7 +154,7 @@ nbdkit_debug (const char *format, ...)
 
   if (pynbdkit_verbose) {
     va_start (args, format);
-    say (pynbdkit_server.debug, format, args);
+    say (0, format, args);
     va_end (args);
   }
 }
@@ -136,7 +166,7 @@ fail (int error, const char *format, ...)
 
   errno = error;
   va_start (args, format);
-  say (pynbdkit_server.error, format, args);
+  say (1, format, args);
   va_end (args);
   return -1;
 }
@@ -146,20 +176,20 @@ fail (int error, const char *format, ...)
 EXPORT int64_t
 nbdkit_parse_size (const char *text)
 {
-  return pynbdkit_server.parse_size (text);
+  return ASK (-1, parse_size, text);
 }
 
 EXPORT int
 nbdkit_parse_bool (const char *text)
 {
-  return pynbdkit_server.parse_bool (text);
+  return ASK (-1, parse_bool, text);
 }
 
 #define PARSE(name, type, is_signed)                                                    \
   EXPORT int                                                                            \
   nbdkit_parse_##name (const char *what, const char *text, type *r)                     \
   {                                                                                     \
-    return pynbdkit_server.parse_integer (what, text, sizeof *r * CHAR_BIT, is_signed, r); \
+    return ASK (-1, parse_integer, what, text, sizeof *r * CHAR_BIT, is_signed, r); \
   }
 
 PARSE (int, int, 1)
@@ -176,13 +206,13 @@ PARSE (uint64_t, uint64_t, 0)
 EXPORT int
 nbdkit_parse_probability (const char *what, const char *text, double *r)
 {
-  return pynbdkit_server.parse_probability (what, text, r);
+  return ASK (-1, parse_probability, what, text, r);
 }
 
 EXPORT int
 nbdkit_parse_delay (const char *what, const char *text, unsigned *sec, unsigned *nsec)
 {
-  return pynbdkit_server.parse_delay (what, text, sec, nsec);
+  return ASK (-1, parse_delay, what, text, sec, nsec);
 }
 
 static char *
@@ -198,7 +228,7 @@ copy (const char *text)
 EXPORT int
 nbdkit_read_password (const char *value, char **password)
 {
-  const char *text = pynbdkit_server.read_password (value);
+  const char *text = ASK (NULL, read_password, value);
 
   *password = text ? copy (text) : NULL;
   return *password ? 0 : -1;
@@ -243,43 +273,12 @@ nbdkit_realpath (const char *path)
   return result;
 }
 
-/* -- strings that live as long as the server ------------------------------------------------------ */
+/* -- strings that live as long as the connection, or the server ----------------------------------- */
 
-struct string {
-  struct string *next;
-  size_t length;
-  char text[];
-};
-
-static struct string *strings[BUCKETS];
-static pthread_mutex_t strings_lock = PTHREAD_MUTEX_INITIALIZER;
-
-/* Each string is kept once, so that a plugin may say the same for every client. */
 static const char *
 intern (const char *text, size_t length)
 {
-  struct string *it;
-  size_t hash = 5381;
-
-  for (size_t i = 0; i < length; ++i)
-    hash = hash * 33 + (unsigned char) text[i];
-  pthread_mutex_lock (&strings_lock);
-  for (it = strings[hash % BUCKETS]; it; it = it->next)
-    if (it->length == length && memcmp (it->text, text, length) == 0)
-      break;
-  if (it == NULL && (it = malloc (sizeof *it + length + 1)) != NULL) {
-    it->length = length;
-    memcpy (it->text, text, length);
-    it->text[length] = '\0';
-    it->next = strings[hash % BUCKETS];
-    strings[hash % BUCKETS] = it;
-  }
-  pthread_mutex_unlock (&strings_lock);
-  if (it == NULL) {
-    fail (ENOMEM, "malloc: %m");
-    return NULL;
-  }
-  return it->text;
+  return ASK (NULL, intern, text, length);
 }
 
 EXPORT const char *
@@ -334,14 +333,14 @@ nbdkit_printf_intern (const char *format, ...)
 EXPORT const char *
 nbdkit_export_name (void)
 {
-  return pynbdkit_server.text_of_client (EXPORT_NAME);
+  return ASK (NULL, text_of_client, EXPORT_NAME);
 }
 
 #define TEXT(name, which)                                               \
   EXPORT char *                                                         \
   nbdkit_##name (void)                                                  \
   {                                                                     \
-    const char *text = pynbdkit_server.text_of_client (which);          \
+    const char *text = ASK (NULL, text_of_client, which);               \
     return text ? copy (text) : NULL;                                   \
   }
 
@@ -352,37 +351,37 @@ TEXT (peer_security_context, SECURITY_CONTEXT)
 EXPORT int
 nbdkit_is_tls (void)
 {
-  return (int) pynbdkit_server.number_of_client (IS_TLS);
+  return (int) ASK (-1, number_of_client, IS_TLS);
 }
 
 EXPORT int64_t
 nbdkit_peer_pid (void)
 {
-  return pynbdkit_server.number_of_client (PEER_PID);
+  return ASK (-1, number_of_client, PEER_PID);
 }
 
 EXPORT int64_t
 nbdkit_peer_uid (void)
 {
-  return pynbdkit_server.number_of_client (PEER_UID);
+  return ASK (-1, number_of_client, PEER_UID);
 }
 
 EXPORT int64_t
 nbdkit_peer_gid (void)
 {
-  return pynbdkit_server.number_of_client (PEER_GID);
+  return ASK (-1, number_of_client, PEER_GID);
 }
 
 EXPORT int
 nbdkit_peer_name (struct sockaddr *address, socklen_t *length)
 {
-  return pynbdkit_server.peer_name (address, length);
+  return ASK (-1, peer_name, address, length);
 }
 
 EXPORT int
 nbdkit_nanosleep (unsigned sec, unsigned nsec)
 {
-  if (pynbdkit_server.nanosleep (sec, nsec) == 0)
+  if (ASK (-1, nanosleep, sec, nsec) == 0)
     return 0;
   errno = ESHUTDOWN;
   return -1;
@@ -391,19 +390,20 @@ nbdkit_nanosleep (unsigned sec, unsigned nsec)
 EXPORT int
 nbdkit_stdio_safe (void)
 {
-  return pynbdkit_server.stdio_safe ();
+  return ASK (0, stdio_safe);
 }
 
 EXPORT void
 nbdkit_shutdown (void)
 {
-  pynbdkit_server.shutdown ();
+  if (!nobody && pynbdkit_server.shutdown)
+    pynbdkit_server.shutdown ();
 }
 
 EXPORT int
 nbdkit_disconnect (int force)
 {
-  return pynbdkit_server.disconnect (force);
+  return ASK (-1, disconnect, force);
 }
 
 /* -- extents ---------------------------------------------------------------------------------------- */
@@ -627,34 +627,38 @@ pynbdkit_open (void *(*f) (int), int readonly)
   CALL (void *, f (readonly));
 }
 
+/* The two that matter for speed have few arguments: each costs Python's side a tenth of the call. */
+struct target {
+  void *function, *handle;
+  uintptr_t flags;
+};
+
 EXPORT int
-pynbdkit_pread (int (*f) (void *, void *, uint32_t, uint64_t, uint32_t),
-                void *handle, void *buf, uint32_t count, uint64_t offset, uint32_t flags)
+pynbdkit_pread (const struct target *it, void *buf, uint32_t count, uint64_t offset)
 {
-  CALL (int, f (handle, buf, count, offset, flags));
+  CALL (int, ((int (*) (void *, void *, uint32_t, uint64_t, uint32_t)) it->function)
+        (it->handle, buf, count, offset, it->flags));
 }
 
 EXPORT int
-pynbdkit_pread_1 (int (*f) (void *, void *, uint32_t, uint64_t),
-                  void *handle, void *buf, uint32_t count, uint64_t offset, uint32_t flags)
+pynbdkit_pread_1 (const struct target *it, void *buf, uint32_t count, uint64_t offset)
 {
-  (void) flags;
-  CALL (int, f (handle, buf, count, offset));
+  CALL (int, ((int (*) (void *, void *, uint32_t, uint64_t)) it->function)
+        (it->handle, buf, count, offset));
 }
 
 EXPORT int
-pynbdkit_pwrite (int (*f) (void *, const void *, uint32_t, uint64_t, uint32_t),
-                 void *handle, const void *buf, uint32_t count, uint64_t offset, uint32_t flags)
+pynbdkit_pwrite (const struct target *it, const void *buf, uint32_t count, uint64_t offset)
 {
-  CALL (int, f (handle, buf, count, offset, flags));
+  CALL (int, ((int (*) (void *, const void *, uint32_t, uint64_t, uint32_t)) it->function)
+        (it->handle, buf, count, offset, it->flags));
 }
 
 EXPORT int
-pynbdkit_pwrite_1 (int (*f) (void *, const void *, uint32_t, uint64_t),
-                   void *handle, const void *buf, uint32_t count, uint64_t offset, uint32_t flags)
+pynbdkit_pwrite_1 (const struct target *it, const void *buf, uint32_t count, uint64_t offset)
 {
-  (void) flags;
-  CALL (int, f (handle, buf, count, offset));
+  CALL (int, ((int (*) (void *, const void *, uint32_t, uint64_t)) it->function)
+        (it->handle, buf, count, offset));
 }
 
 EXPORT int

@@ -9,6 +9,7 @@ import socket
 import stat
 import sys
 
+from .. import session
 from ..errors import ConfigError
 from .listen import tune
 
@@ -137,6 +138,7 @@ def stdin_stdout() -> tuple[socket.socket, bool]:
         raise ConfigError(
             "-s: the client is on stdin and stdout, but one of them is closed"
         ) from None
+    session.stdio_is_taken = True
     if sys.stdout is not None:
         sys.stdout.flush()
     read, write = os.dup(0), os.dup(1)
