@@ -151,6 +151,14 @@ class Trace:
                 and call.text.rpartition(")")[0].endswith(f" {request.offset}, {request.count}")
             ]
             done = self._is_synced(max(changes, default=request.arrived), replied)
+            if request.command == ZERO and not changes:  # then zeros may have been written
+                done = done or any(
+                    request.arrived < write.start
+                    and write.end < replied
+                    and content == bytes(request.count)
+                    and self._is_stable(write, replied)
+                    for write, content in zip(self._writes, self._contents, strict=True)
+                )
         else:
             return
         if not done:
