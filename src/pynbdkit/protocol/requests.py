@@ -234,4 +234,7 @@ class RequestParser:
         else:
             from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
-            self._view = memoryview(mmap(-1, size, MAP_PRIVATE | MAP_ANONYMOUS))
+            try:
+                self._view = memoryview(mmap(-1, size, MAP_PRIVATE | MAP_ANONYMOUS))
+            except OSError:  # not one of a socket, for whoever receives
+                raise MemoryError from None
