@@ -72,6 +72,8 @@ def plugin(chain: Chain) -> Iterator[tuple[str, str]]:
     # Of others, a class says it; a script's is found out by asking.
     most = getattr(it, "max_thread_model", type(it).thread_model)
     yield "max_thread_model", THREAD_MODEL_NAMES[most] if isinstance(most, int) else "parallel"
+    if struct_size is not None:
+        it.ask_thread_model()  # type: ignore[attr-defined]
     yield "thread_model", THREAD_MODEL_NAMES[it.thread_model]
     yield "errno_is_preserved", str(int(bool(getattr(it, "errno_is_preserved", 1))))
     if it.magic_config_key():

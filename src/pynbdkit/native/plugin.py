@@ -88,7 +88,8 @@ class NativePlugin(Plugin):
         self._call("load", result=None)
 
     def _set_debug_flag(self, name: str, value: int) -> None:
-        symbol = f"nbdkit_debug_{self.name}_{name}".replace(".", "_").replace("-", "_")
+        """Set a global variable, as nbdkit-plugin(3), "Debug Flags", has it."""
+        symbol = f"{self.name}_debug_{name.replace('.', '_')}"
         try:
             ctypes.c_int.in_dll(self._file, symbol).value = value
         except ValueError:
@@ -117,6 +118,10 @@ class NativePlugin(Plugin):
     def config_complete(self) -> None:
         """Its own check of the parameters; then it may narrow its thread model."""
         self._step("config_complete")
+        self.ask_thread_model()
+
+    def ask_thread_model(self) -> None:
+        """Let the plugin narrow its thread model. Raises ConfigError."""
         model = self._step("thread_model_function")
         if model is not None:
             if not 0 <= model <= ThreadModel.PARALLEL:
