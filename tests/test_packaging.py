@@ -62,7 +62,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
     tree = folder / "tree"
     nothing_made = shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__")
     shutil.copytree(support.ROOT / "src", tree / "src", ignore=nothing_made)
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(support.ROOT / name, tree)
     script = "import sys, setuptools.build_meta as it; it.build_sdist(sys.argv[1])"
     succeeded(run(sys.executable, "-c", script, folder, cwd=tree))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Final
 
-    from ..plugin import Plugin
+    from ..native.plugin import NativePlugin
 
 PACKAGE: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HEADERS: Final = os.path.join(PACKAGE, "include")
@@ -47,6 +47,8 @@ class Cc(InnerPlugin):
     )
     extra_flags = parameters.text("More flags, behind those", key="EXTRA_CFLAGS", metavar="FLAGS")
 
+    _inner: NativePlugin | None = None
+
     def __init__(self, **values: object) -> None:
         self._kept: list[tuple[str, str]] = []
         super().__init__(**values)
@@ -67,7 +69,7 @@ class Cc(InnerPlugin):
             self._inner.config(key, value)
 
     @property
-    def known(self) -> Plugin | None:
+    def known(self) -> NativePlugin | None:
         """The plugin, compiled and configured so far. Raises ConfigError, LoadError."""
         if self._inner is None and self.script:
             inner = self._compiled()
@@ -77,7 +79,7 @@ class Cc(InnerPlugin):
                 inner.config(key, value)
         return self._inner
 
-    def _compiled(self) -> Plugin:
+    def _compiled(self) -> NativePlugin:
         """Compile the source, and load that. The compiler's own words are on stderr by then."""
         import subprocess
         import tempfile
@@ -118,18 +120,22 @@ class Cc(InnerPlugin):
     @property
     def struct_size(self) -> int | None:
         """The plugin's; None before there is one."""
-        return getattr(self.known, "struct_size", None)
+        return None if self.known is None else self.known.struct_size
 
     @property
     def errno_is_preserved(self) -> int:
         """The plugin's."""
-        return getattr(self.known, "errno_is_preserved", 1)
+        return 1 if self.known is None else self.known.errno_is_preserved
 
     @property
     def max_thread_model(self) -> int:
         """The plugin's; the laxest before there is one."""
-        model: int = getattr(self.known, "max_thread_model", ThreadModel.PARALLEL)
-        return model
+        return ThreadModel.PARALLEL if self.known is None else self.known.max_thread_model
+
+    def ask_thread_model(self) -> None:
+        """Let the plugin narrow its thread model. Raises ConfigError."""
+        if self.known is not None:
+            self.known.ask_thread_model()
 
     def dump_plugin(self) -> Iterable[tuple[str, str]]:
         """How it is compiled; then what the plugin has to say."""
