@@ -23,6 +23,9 @@
 #define NBDKIT_CXX_LANG_C
 #endif
 
+/* For what the server has to find: `NBDKIT_DLL_PUBLIC int nbdkit_debug_mine_cache;`, say, is what
+ * the option -D mine.cache=1 sets in the plugin "mine".
+ */
 #define NBDKIT_DLL_PUBLIC __attribute__ ((__visibility__ ("default")))
 #define NBDKIT_EXTERN_DECL(result, name, arguments) extern result name arguments
 
