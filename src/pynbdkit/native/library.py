@@ -179,7 +179,10 @@ def _parse_bool(text: bytes) -> int:
 
 def _parse_integer(what: bytes, text: bytes, bits: int, is_signed: int, result: int) -> int:
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if is_signed else (0, (1 << bits) - 1)
-    value = parse.parse_int(_text(what), _text(text), low, high)
+    words = _text(text)
+    if not is_signed and words.lstrip().startswith("-"):
+        raise ValueError(f"{_text(what)}: {words!r} is negative")  # even zero must not be so
+    value = parse.parse_int(_text(what), words, low, high)
     data = value.to_bytes(bits // 8, sys.byteorder, signed=bool(is_signed))
     ctypes.memmove(result, data, len(data))
     return 0
