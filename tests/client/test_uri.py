@@ -78,6 +78,10 @@ def test_parse(text: str, uri: Uri) -> None:
         ("nbd://localhost:port/", "port"),
         ("nbd://localhost:65536/", "ort"),
         ("nbd://[::1/", "IPv6"),
+        ("nbd://fe80%3a%3a1/", "brackets"),
+        ("nbd://[fe80::1%a&b]/", "no IPv6"),
+        ("nbd://[fe80::1%55]/", "no IPv6"),
+        ("nbd://%ff/", "utf-8"),
         ("nbd://localhost/a#b", "%23"),
         ("nbd://localhost/%ff", "utf-8"),
         ("nbd://localhost/\udcff", "UTF-8"),  # a byte of a command line
@@ -95,6 +99,21 @@ names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 texts = st.none() | names.filter(bool)
 settings = st.none() | st.builds(Tls, texts, texts, texts, texts, st.booleans())
+
+
+@pytest.mark.parametrize(
+    ("text", "host"),
+    [
+        ("nbd://A%2fB/", "a/b"),  # no host's name, but it must not become part of the export's
+        ("nbd://%4A/", "j"),
+        ("nbd://[FE80::1%25Eth0]/", "fe80::1%Eth0"),
+        ("nbd://[::1]@%25J/", "%j"),  # brackets of a user, not of the host
+    ],
+)
+def test_hosts_are_written_as_they_are_read(text: str, host: str) -> None:
+    uri = parse_uri(text)
+    assert uri.host == host
+    assert parse_uri(str(uri)) == uri
 
 
 @given(export=names, socket=names.filter(bool), tls=settings)

@@ -70,7 +70,7 @@ class Uri(NamedTuple):
         tail = "/" + quote(self.export) + ("?" + query if query else "")
         if self.socket is not None:
             return f"{scheme}+unix://{user}{tail}"
-        host = f"[{quote(self.host, safe=':')}]" if ":" in self.host else self.host
+        host = f"[{quote(self.host, safe=':')}]" if ":" in self.host else quote(self.host, safe="")
         return f"{scheme}://{user}{host}:{self.port}{tail}"
 
 
@@ -84,7 +84,7 @@ def parse_uri(text: str) -> Uri:
         parts = urlsplit(text)
         export = unquote(parts.path.removeprefix("/"), errors="strict")
         options = parse_qsl(parts.query, keep_blank_values=True, errors="strict")
-        host, port = parts.hostname, parts.port
+        host, port = unquote(parts.hostname or "localhost", errors="strict"), parts.port
         user = None if parts.username is None else unquote(parts.username, errors="strict")
     except ValueError as error:  # UnicodeDecodeError is one.
         raise UriError(f"{text}: {error}") from None
@@ -106,13 +106,31 @@ def parse_uri(text: str) -> Uri:
             raise UriError(f"{text}: unknown parameter {name!r}")
     tls = _tls(text, tls_options, user) if secure else None
     if not unix:
-        port = DEFAULT_PORT if port is None else port
-        return Uri(export, None, unquote(host or "localhost"), port, tls)
+        if parts.netloc.rpartition("@")[2].startswith("["):
+            _check_ipv6(text, host)
+        else:
+            host = host.lower()  # What was percent-encoded is not in lower case yet.
+            if ":" in host:
+                raise UriError(f"{text}: write an IPv6 address in brackets")
+        return Uri(export, None, host, DEFAULT_PORT if port is None else port, tls)
     if not socket:
         raise UriError(f"{text}: ?socket=PATH is missing")
     if parts.netloc.rpartition("@")[2] or (parts.netloc and not secure):
         raise UriError(f"{text}: a Unix socket has no host; write nbd+unix:///EXPORT?socket=PATH")
     return Uri(export, socket, tls=tls)
+
+
+def _check_ipv6(text: str, host: str) -> None:
+    """Raise UriError unless it is an address, perhaps with an interface (``fe80::1%eth0``)."""
+    import ipaddress
+
+    zone = host.partition("%")[2]
+    try:
+        ipaddress.IPv6Address(host)
+        if quote(zone, safe="") != zone:
+            raise ValueError
+    except ValueError:
+        raise UriError(f"{text}: {host!r} is no IPv6 address") from None
 
 
 _TLS_OPTIONS = ("tls-certificates", "tls-psk-file", "tls-hostname", "tls-verify-peer", "tls-type")
