@@ -59,6 +59,10 @@ def test_a_broken_server_is_found(name: str, tmp_path: Path) -> None:
     assert fuzz.notices(name, tmp_path, seed=1)
 
 
+def test_nothing_is_found_in_what_is_not_broken() -> None:
+    assert fuzz.found_in(fuzz_mutants.SOURCE, "handshake", 1, 1000) == ""
+
+
 def test_mutants_are_of_this_source(tmp_path: Path) -> None:
     for mutant in fuzz_mutants.MUTANTS.values():
         assert mutant.old in (fuzz_mutants.SOURCE / "pynbdkit" / mutant.file).read_text()
