@@ -43,6 +43,7 @@ static int ram_complete (void)
   return 0;
 }
 static void ram_dump (void) { printf ("mine=yes\\n"); }
+static int ram_model (void) { return NBDKIT_THREAD_MODEL_SERIALIZE_ALL_REQUESTS; }
 static void *ram_open (int readonly) { return NBDKIT_HANDLE_NOT_NEEDED; }
 static int64_t ram_size (void *handle) { return sizeof disk; }
 static int ram_read (void *handle, void *buf, uint32_t count, uint64_t offset, uint32_t flags)
@@ -66,6 +67,7 @@ static struct nbdkit_plugin plugin = {
   .pread = ram_read,
   .pwrite = ram_write,
   .magic_config_key = "fill",
+  .thread_model = ram_model,
 };
 NBDKIT_REGISTER_PLUGIN (plugin)
 """
@@ -145,10 +147,12 @@ def test_from_stdin(temporary: Path) -> None:
 
 
 def test_not_from_a_stdin_that_is_the_clients() -> None:
-    done = support.pynbdkit("-s", "cc", "-")
+    words = [*COMMAND, "-s", "cc", "-"]
+    done = subprocess.run(words, input=RAM, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
+    assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert "stdin" in done.stderr
+    assert "cannot be read from stdin" in done.stderr
 
 
 def test_an_executable_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,20 +202,24 @@ def test_cplusplus(tmp_path: Path, serve: Callable[..., Any], connect: Callable[
 
 
 def test_any_compiler_that_knows_o(ram: Path, tmp_path: Path) -> None:
-    """Flags, source, -o, what to make: nothing else is asked of it; its stdout is not ours."""
+    """Flags, source, -o, what to make: nothing else is asked of it; stdin and stdout are ours."""
     other = tool(
         tmp_path / "other",
-        'echo "compiling $2"\n[ "$1 $3" = "-magic -o" ] || exit 9\n'
+        'echo "compiling $2$(cat)"\n[ "$# $1 $3" = "4 -magic -o" ] || exit 9\n'
         'exec gcc -shared -fPIC "-I$HERE" "$2" -o "$4"',
     )
-    done = support.pynbdkit(
-        *("cc", ram, f"CC={other}", "CFLAGS=-magic", "--dump-plugin"),
+    done = subprocess.run(
+        [*COMMAND, "cc", ram, f"CC={other}", "CFLAGS=-magic", "--dump-plugin"],
         env={**os.environ, "HERE": HEADERS},
+        input="for a client",
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert "mine=yes" in done.stdout
     assert all("=" in line for line in done.stdout.splitlines())
-    assert f"compiling {ram}" in done.stderr
+    assert f"compiling {ram}\n" in done.stderr
 
 
 def test_the_header_is_ours_unless_the_user_says_so(ram: Path, tmp_path: Path) -> None:
@@ -276,7 +284,8 @@ def test_dump_plugin_and_help(ram: Path) -> None:
     assert found["name"] == "cc"
     assert found["api_version"] == "2"
     assert found["struct_size"] == "384"
-    assert found["thread_model"] == found["max_thread_model"] == "serialize_requests"
+    assert found["max_thread_model"] == "serialize_requests"
+    assert found["thread_model"] == "serialize_all_requests"
     assert found["CC"] == "cc"
     assert "-shared" in found["CFLAGS"]
     assert found["mine"] == "yes"
