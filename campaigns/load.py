@@ -38,7 +38,7 @@ import crowd
 import half_open
 import subject
 from crowd import IDLE, IDLE_TLS, NEGOTIATION, TRANSMISSION, State, Workers
-from subject import KIB, MIB, PYNBDKIT, Figures, Subject, SubjectError
+from subject import KIB, LOOK, MIB, PYNBDKIT, Figures, Subject, SubjectError
 
 DISK = 64 * MIB
 LARGEST = 64 * MIB
@@ -50,6 +50,8 @@ DRIP = crowd.option(crowd.OPT_GO, bytes(crowd.LONG_NAME))
 IDLE_COST = 48 * KIB
 """Resident bytes that an idle connection costs at most."""
 IDLE_THREADS = 1.0
+SILENCE = 10.0
+"""Seconds within which a connection that has nothing to do has given back what it does not need."""
 USED_COST = 128 * KIB
 """Resident bytes of an idle connection after a large write, seconds later."""
 ANNOUNCED_COST = 1 * MIB
@@ -203,7 +205,11 @@ def used(bench: Bench) -> None:
         crowd.churn(server.address, (state,), 1)
         start = server.quiet()
         with crowd.crowd(server.address, state, count):
-            during = server.figures()
+            deadline = time.monotonic() + SILENCE
+            while (during := server.figures()).rss - start.rss > count * USED_COST:
+                if time.monotonic() > deadline:  # nbdkit keeps it
+                    break
+                time.sleep(LOOK)
         end, _ = server.settle(start.threads + 1, start.descriptors)
     bench.report.tell(f"{state.name}, it costs", cost(start, during, count))
     left = (end.rss - start.rss) / MIB

@@ -31,11 +31,32 @@ def zero(h, count, offset, flags): h[offset : offset + count] = bytes(count)
 def trim(h, count, offset, flags): h[offset : offset + count] = bytes(count)
 def flush(h, flags): pass
 """
+PLUGIN_IN_C = """
+#define NBDKIT_API_VERSION 2
+#include <nbdkit-plugin.h>
+#define THREAD_MODEL NBDKIT_THREAD_MODEL_PARALLEL
+static char disk[1 << 20];
+static void *my_open (int readonly) { (void) readonly; return disk; }
+static int64_t size (void *h) { (void) h; return sizeof disk; }
+static int read_ (void *h, void *buf, uint32_t n, uint64_t at, uint32_t flags)
+{ (void) flags; __builtin_memcpy (buf, (char *) h + at, n); return 0; }
+static int write_ (void *h, const void *buf, uint32_t n, uint64_t at, uint32_t flags)
+{ (void) flags; __builtin_memcpy ((char *) h + at, buf, n); return 0; }
+static int flush (void *h, uint32_t flags) { (void) h; (void) flags; return 0; }
+static int clear (void *h, uint32_t n, uint64_t at, uint32_t flags)
+{ (void) flags; __builtin_memset ((char *) h + at, 0, n); return 0; }
+static struct nbdkit_plugin plugin = {
+  .name = "can_all", .open = my_open, .get_size = size, .pread = read_, .pwrite = write_,
+  .flush = flush, .trim = clear, .zero = clear,
+};
+NBDKIT_REGISTER_PLUGIN (plugin)
+"""
 
 
 def parameters(kind: str, name: str, folder: Path) -> dict[str, str]:
     """What a plugin or filter cannot do without. Most plugins want a size, most filters nothing."""
     special = {
+        ("plugin", "cc"): {"script": str(folder / "plugin.c")},
         ("plugin", "data"): {"data": '"data"', "size": "1M"},
         ("plugin", "file"): {"file": str(folder / "disk")},
         ("plugin", "python"): {"script": str(folder / "script.py")},
@@ -83,6 +104,7 @@ def check(nbd: Any, client: Any) -> None:
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "disk").write_bytes(os.urandom(SIZE))
     (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "plugin.c").write_text(PLUGIN_IN_C)
     return tmp_path
 
 

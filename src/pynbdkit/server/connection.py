@@ -202,6 +202,7 @@ class Connection:
             log.exception("connection", failure)
         finally:
             set_current(None)
+            log.set_name("")
             self._sock.close()
             self._server.forget(self)
 
