@@ -45,7 +45,7 @@ fuzz: venv peers
 
 venv: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml setup.py src/pynbdkit/native/symbols.c
 	PYTHON="$(PYTHON)" VENV="$(VENV)" scripts/venv
 	touch $@
 

@@ -118,7 +118,7 @@ def load(file: str) -> Library:
             if path is None:
                 raise LoadError(
                     f"{file}: a plugin in C needs the part of pynbdkit that is written in C, which"
-                    " was not built: install a C compiler and Python's headers, then pynbdkit again"
+                    " was not built: install a C compiler, then pynbdkit again"
                 )
             _library = Library(path)
         _library.follow_log()
