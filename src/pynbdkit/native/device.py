@@ -249,7 +249,7 @@ class _Maker:
                 number = library.nbdkit_extents_count(found)
                 address = library.pynbdkit_extents_list(found)
                 if not number:
-                    raise OSError(errno.EIO, "the plugin has added no extent for the offset")
+                    raise OSError(errno.EINVAL, "the plugin has added no extent for the offset")
                 entries = (_Extent * number).from_address(address)
                 return [(entry.offset, entry.length, entry.type) for entry in entries]
             finally:

@@ -408,6 +408,8 @@ nbdkit_disconnect (int force)
 
 /* -- extents ---------------------------------------------------------------------------------------- */
 
+enum { NBDKIT_EXTENT_HOLE = 1, NBDKIT_EXTENT_ZERO = 2 };
+
 struct nbdkit_extent {
   uint64_t offset, length;
   uint32_t type;
@@ -472,8 +474,6 @@ nbdkit_add_extent (struct nbdkit_extents *extents, uint64_t offset, uint64_t len
 {
   struct nbdkit_extent *last = extents->count ? &extents->list[extents->count - 1] : NULL;
 
-  if (length == 0)
-    return 0;
   if (length > UINT64_MAX - offset)
     return fail (EINVAL, "nbdkit_add_extent: offset %" PRIu64 " and length %" PRIu64
                  " are beyond every disk", offset, length);
@@ -484,8 +484,9 @@ nbdkit_add_extent (struct nbdkit_extents *extents, uint64_t offset, uint64_t len
     return fail (EINVAL, "nbdkit_add_extent: the first extent must not begin after what was asked"
                  " about: offset %" PRIu64 ", asked about %" PRIu64, offset, extents->start);
   extents->next = offset + length;
-  if (extents->next <= extents->start || offset >= extents->end)
+  if (length == 0 || extents->next <= extents->start || offset >= extents->end)
     return 0;
+  type &= NBDKIT_EXTENT_HOLE | NBDKIT_EXTENT_ZERO;
   if (offset < extents->start) {
     length -= extents->start - offset;
     offset = extents->start;
