@@ -87,6 +87,16 @@ def test_errors(
 # -- extents ---------------------------------------------------------------------------------------
 
 
+def within(entries: list[int], count: int) -> list[int]:
+    """Block status, cut at the request's end: what is said beyond it is the server's choice."""
+    found: list[int] = []
+    for length, kind in zip(entries[::2], entries[1::2], strict=True):
+        if count:
+            found += [min(length, count), kind]
+            count -= found[-2]
+    return found
+
+
 @pytest.mark.parametrize("one", [False, True])
 def test_extents(built: Built, nbd: Any, peer: str, sockdir: Path, one: bool) -> None:
     """Right or wrong in every way: the client gets what it gets from the peer."""
@@ -107,7 +117,7 @@ def test_extents(built: Built, nbd: Any, peer: str, sockdir: Path, one: bool) ->
             flags = nbd.CMD_FLAG_REQ_ONE if one else 0
             try:
                 client.block_status(4096, SPECIAL + case * MIB, note, flags)
-                found.append(entries)
+                found.append(within(entries, 4096))
             except nbd.Error as error:
                 found.append(error.errno)
         client.shutdown()
@@ -128,8 +138,8 @@ def test_extents(built: Built, nbd: Any, peer: str, sockdir: Path, one: bool) ->
 
 def test_many_extents(built: Built, opened: Any) -> None:
     """A plugin may say more than is passed on."""
-    found = opened.extents(device.LONGEST, SPECIAL + 14 * MIB - MIB, 0)
-    assert len(found) <= 1 << 20
+    found = opened.extents(16 * MIB, SPECIAL + 13 * MIB, 0)
+    assert len(found) == 1 << 20
     assert found[0] == (SPECIAL + 13 * MIB, 8, 0)
     assert found[-1][0] == found[-2][0] + 8
 
@@ -264,15 +274,16 @@ def test_every_kind_of_buffer(opened: Any, count: int) -> None:
     """Bytes, arrays, views of them, read-only ones, from the middle."""
     data = os.urandom(count + 9)
     middle = memoryview(bytearray(data))[5 : 5 + count]
-    for number, buf in enumerate((
+    buffers: tuple[Any, ...] = (
         data[5 : 5 + count],
         bytearray(data[5 : 5 + count]),
         middle,
         middle.toreadonly(),
         memoryview(data)[5 : 5 + count],
-        (ctypes.c_char * count).from_buffer(bytearray(data[5 : 5 + count])),
-    )):  # fmt: skip
-        opened.pwrite(memoryview(buf) if number == 5 else buf, 3, 0)
+        memoryview((ctypes.c_char * count).from_buffer(bytearray(data[5 : 5 + count]))).cast("B"),
+    )
+    for number, buf in enumerate(buffers):
+        opened.pwrite(buf, 3, 0)
         assert bytes(opened.pread(count, 3, 0)) == data[5 : 5 + count], number
         opened.pwrite(bytes(count), 3, 0)
 
@@ -346,12 +357,10 @@ def test_requests_leave_nothing(opened: Any) -> None:
             opened.zero(512, 0, 1)
             opened.flush(0)
             opened.can_multi_conn()
-            for wrong in (
-                lambda: opened.pread(512, SPECIAL, 0),
-                lambda: opened.extents(512, SPECIAL + 2 * MIB, 0),
-            ):
-                with pytest.raises(OSError):
-                    wrong()
+            with pytest.raises(OSError):
+                opened.pread(512, SPECIAL, 0)
+            with pytest.raises(OSError):
+                opened.extents(512, SPECIAL + 2 * MIB, 0)
 
     requests(20)
     gc.collect()
