@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -396,7 +397,9 @@ def test_a_script_is_its_plugins_first_parameter(
     assert plugin.calls == []
     plugin.load()
     plugin.config("size", "1M")
-    assert plugin.calls == [("load",), *before, ("script", script), ("size", "1M")]
+    plugin.load()
+    calls = [("load",), *before, ("script", script), ("size", "1M"), ("load",)]
+    assert plugin.calls == calls
 
 
 @pytest.mark.parametrize(
@@ -426,6 +429,22 @@ def test_a_script_for_a_plugin_in_c(tmp_path: Path) -> None:
     for words in ([script], ["perl", script], ["perl", f"script={script}"]):
         done = support.pynbdkit("-U", "-", *words, "size=1536", "--run", command)
         assert (done.returncode, done.stdout) == (0, "1536\n"), done.stderr
+
+
+def test_a_script_in_a_program(tmp_path: Path) -> None:
+    """Parameters come before the server loads it: the interpreter is there by then."""
+    if places.find("perl") is None:
+        support.missing("nbdkit's Perl plugin")
+    script = file(tmp_path, "disk", PLUGIN_IN_PERL)
+    for name, config in ((script, {}), ("perl", {"script": script})):
+        text = f"""
+import pynbdkit
+with pynbdkit.serve(pynbdkit.load_plugin({name!r}, **{config!r}, size=1536)) as server:
+    with pynbdkit.client.connect(server.uri) as client:
+        print(client.size)
+"""
+        done = support.run(sys.executable, "-c", "import pynbdkit.client" + text)
+        assert done.stdout == "1536\n"
 
 
 def test_nbdkits_python_plugin(tmp_path: Path) -> None:

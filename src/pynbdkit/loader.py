@@ -223,10 +223,10 @@ def _plugin_of_script(
     magic = plugin.magic_config_key() or "script"
     pairs = [word.split("=", 1) if "=" in word else [magic, word] for word in words[1:]]
     pairs.append([magic, path])
-    load = plugin.load
 
     def load_and_hand_over() -> None:
-        load()
+        del vars(plugin)["load"]
+        plugin.load()
         for key, value in pairs:
             plugin.config(key, value)
 

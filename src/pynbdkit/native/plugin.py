@@ -17,6 +17,7 @@ from ..flags import ThreadModel
 from ..plugin import Plugin
 from . import library
 from .device import MAX_STRING, device_class
+from .elf import needed
 from .structure import CALLBACKS, Structure, read
 
 TYPE_CHECKING = False
@@ -39,6 +40,9 @@ class NativePlugin(Plugin):
         """Load a file. Raises LoadError."""
         super().__init__()
         self.path = path
+        self._is_loaded = False
+        self._thread = 0
+        self._texts: list[ctypes.c_char_p] = []
         self._library = library.load(path)
         self._file, self._structure = _open(path)
         plugin = self._structure
@@ -79,7 +83,11 @@ class NativePlugin(Plugin):
     # -- the life --------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Set the debug flags that are for it, and call its load."""
+        """Set the debug flags that are for it, and call its load, once."""
+        if self._is_loaded:
+            return
+        self._is_loaded = True
+        self._thread = threading.get_ident()
         self._library.follow_log()
         for flag, value in log.flags.items():
             layer, _, name = flag.partition(".")
@@ -96,14 +104,29 @@ class NativePlugin(Plugin):
             log.warning(f"-D {self.name}.{name} is not used: {self.path} has no {symbol}")
 
     def unload(self) -> None:
-        """Call its unload; the file stays mapped, for its threads may still run."""
+        """Call its unload; the file stays mapped, for its threads may still run.
+
+        In a program the server may end in another thread than it began in. The interpreters of
+        languages cannot, and their plugins are those that take one request at a time: there it
+        is left to the end of the process.
+        """
+        alone = self.max_thread_model <= ThreadModel.SERIALIZE_ALL_REQUESTS
+        if alone and self._thread != threading.get_ident():
+            log.debug(f"{self.name}: not unloaded: this is not the thread that has loaded it")
+            return
         self._call("unload", result=None)
 
     def config(self, key: str, value: str) -> None:
-        """One key=value. Raises ConfigError."""
+        """One key=value. Raises ConfigError.
+
+        The plugin is loaded by then: languages have no interpreter before that. In a program
+        parameters may be given earlier than a server does it.
+        """
+        self.load()
         if not self._structure.config:
             raise ConfigError(f"{self.name} takes no parameters: {key}={value}")
         words = (ctypes.c_char_p(os.fsencode(key)), ctypes.c_char_p(os.fsencode(value)))
+        self._texts += words  # "valid for the lifetime of the plugin", says nbdkit-plugin(3)
         if int(self._call("config", *words)) < 0:
             raise ConfigError(f"{self.name} does not take {key}={value}")
 
@@ -278,7 +301,8 @@ def _load(path: str) -> ctypes.CDLL:
     plugin of one process that is the same file is loaded from a copy.
     """
     mode = os.RTLD_NOW | os.RTLD_LOCAL
-    if _brings_python(path):
+    libraries = needed(path)
+    if any(name.startswith("libpython") for name in libraries):
         # Its own symbols first: this process has a Python, which is not the plugin's. Not so for
         # others: what replaces malloc, say, for the whole process has to reach the plugin, too.
         mode |= getattr(os, "RTLD_DEEPBIND", 0)
@@ -287,6 +311,8 @@ def _load(path: str) -> ctypes.CDLL:
     if not keys & _loaded:
         loaded = _dlopen(path, mode)
         _loaded.update(keys)
+        if not mode & getattr(os, "RTLD_DEEPBIND", 0):
+            _open_to_all(libraries)
         return loaded
     import tempfile
 
@@ -312,15 +338,17 @@ def _dlopen(path: str, mode: int) -> ctypes.CDLL:
         raise OSError(str(error).removeprefix(f"{path}: ")) from None
 
 
-def _brings_python(path: str) -> bool:
-    """Whether a shared object is linked with a libpython. Raises OSError."""
-    import mmap
+def _open_to_all(libraries: list[str]) -> None:
+    """Let everything that is loaded from now on see the symbols of a plugin's libraries.
 
-    with open(path, "rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return False
-        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
-            return content.find(b"\0libpython") >= 0
+    A language's own modules expect it: those of Perl are not linked with libperl. The plugin's own
+    symbols remain its own.
+    """
+    for name in libraries:
+        try:
+            ctypes.CDLL(name, mode=os.RTLD_NOW | os.RTLD_NOLOAD | os.RTLD_GLOBAL)
+        except OSError:  # found by the plugin's own path: nobody else will need it
+            pass
 
 
 def _export_name(name: bytes, where: str) -> str:
