@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import socket
@@ -17,6 +18,7 @@ import pytest
 
 import pynbdkit
 import support
+from pynbdkit.native import library
 from pynbdkit.native.library import sockaddr
 
 Built = Callable[..., Path]
@@ -322,6 +324,16 @@ def test_shutdown(quiet: Path, sockdir: Path) -> None:
         done = support.run("qemu-io", "-f", "raw", "-r", "-c", "read 16384 512", process.uri)
         assert "read 512/512 bytes" in done.stdout
         assert process.process.wait(30) == 0
+
+
+def test_a_text_is_there_until_it_is_copied() -> None:
+    """C copies what it is handed at once, but not quicker than at once."""
+    text = "x" * 100
+    address = library._for_now(text)
+    assert address
+    others = [bytes(100) for _ in range(1000)]
+    assert ctypes.string_at(address) == text.encode()
+    assert len(others) == 1000
 
 
 def test_strings_do_not_gather(quiet: Path, nbd: Any) -> None:

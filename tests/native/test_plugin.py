@@ -584,6 +584,23 @@ def test_debug_flags(built: Built, peer: str, tmp_path: Path) -> None:
     assert "-D flags.none is not used" in done.stderr
 
 
+def test_lists_leave_nothing(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list that a plugin fills is freed."""
+    monkeypatch.delenv("LIFE_LOG", raising=False)
+    plugin = pynbdkit.load_plugin(str(built("life")))
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    for _ in range(1000):
+        assert len(list(plugin.list_exports(False, False))) == 3
+    before = resident()
+    for _ in range(20000):
+        plugin.list_exports(False, False)
+    assert resident() - before < 1 << 20  # 350 bytes each would be 7 MiB
+
+
 def test_threads_are_not_left(built: Built, nbd: Any) -> None:
     """A server in this process that ends leaves no thread behind."""
     before = set(threading.enumerate())

@@ -172,10 +172,10 @@ class _Maker:
         call = self.call(callback, "pynbdkit_pread", "pynbdkit_pread_1")
 
         def pread(device: NativeDevice, count: int, offset: int, flags: int) -> Buffer:
-            data = bytes(count if count > 1 else 2)  # one byte alone would be everybody's
+            data = bytes(count)
             if call(device._read_target, data, count, offset) < 0:
                 raise self.failed(callback)
-            return data if count > 1 else data[:count]
+            return data
 
         return pread
 
