@@ -13,6 +13,7 @@ import os
 from ..device import Device
 from ..errors import OpenError
 from ..flags import Flag
+from ..heap import LARGE, keep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -172,6 +173,8 @@ class _Maker:
         call = self.call(callback, "pynbdkit_pread", "pynbdkit_pread_1")
 
         def pread(device: NativeDevice, count: int, offset: int, flags: int) -> Buffer:
+            if count >= LARGE:
+                keep()
             data = bytes(count)
             if call(device._read_target, data, count, offset) < 0:
                 raise self.failed(callback)
