@@ -368,6 +368,7 @@ def test_the_background(built: Built, sockdir: Path, monkeypatch: pytest.MonkeyP
     assert [call.split()[0] for call in calls[:5]] == [
         "load", "config_complete", "thread_model", "get_ready", "after_fork",
     ]  # fmt: skip
+    assert "open readonly=0 export=main" in calls  # the plugin may ask the server in the child, too
     assert calls[-2:] == ["cleanup", "unload"]
     assert calls.count("load") == calls.count("unload") == calls.count("cleanup") == 1
 
