@@ -80,6 +80,7 @@ class Server:
         self.watch = Watch()
         self.stopping = threading.Event()
         self._asked = False
+        self._closes = False
         self._reload = False
         self._said: dict[str, float] = {}
         self._listeners = list(listeners)
@@ -131,10 +132,16 @@ class Server:
         self._wake()
 
     def close(self) -> None:
-        """Stop, and return when everything has ended (after `start`)."""
+        """Stop, and return when everything has ended (after `start`).
+
+        What was loaded is unloaded here, not in the thread that was started: the interpreters that
+        plugins in C bring end only in the thread that they began in, which is most often this one.
+        """
+        self._closes = self._thread is not None
         self.stop()
         if self._thread is not None:
             self._thread.join()
+            self._unload()
 
     def forget(self, connection: Connection) -> None:
         """A connection has ended."""
@@ -167,8 +174,14 @@ class Server:
                     log.debug(f"{len(self._connections)} connection(s) have requests running")
         self.watch.close()
         stops.remove(self.stop)
-        for failure in [*self.chain.cleanup(), *self.chain.unload()]:
+        for failure in self.chain.cleanup():
             log.exception("cleanup", failure)
+        if not self._closes:
+            self._unload()
+
+    def _unload(self) -> None:
+        for failure in self.chain.unload():
+            log.exception("unload", failure)
 
     def _wait_for_none(self, seconds: float) -> bool:
         """Wait until no connection is left, in slices: a second signal is to be noticed."""
