@@ -176,9 +176,9 @@ class NativePlugin(Plugin):
         return int(self._structure.errno_is_preserved)
 
     def callbacks(self) -> list[str]:
-        """What it has, in the order of the structure."""
+        """What it has, in the order of the structure; two of its texts count as well."""
         old = self.api_version < 2
-        found = []
+        found = [name for name in ("longname", "config_help") if getattr(self._structure, name)]
         for name in CALLBACKS:
             other = name.endswith("_1") is not old and name.removesuffix("_1") in _VERSIONED
             if getattr(self._structure, name) and not other:
