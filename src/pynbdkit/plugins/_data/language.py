@@ -134,7 +134,8 @@ class _Source(Expression):
         try:
             image = load(self.what, limit, self.parser.room)
         except OSError as error:
-            raise self.place.error(f"{self.what}: {error.strerror}") from None
+            what = self.what if self.what.isprintable() else repr(self.what)
+            raise self.place.error(f"{what}: {error.strerror}") from None
         except ValueError as error:
             raise self.place.error(error) from None
         self.parser.room -= sum(end - start for start, end in image.data(0, image.size))
