@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -108,6 +109,8 @@ class Case(NamedTuple):
     writes: bool = True
     exports: tuple[str, ...] = ("",)
     same_content: bool = True
+    tries: int = 1
+    """More than once, if the time is in the content: it takes a second that both begin in."""
     fast_zero: bool = True
     """False: nbdkit offers fast zeros that always fail; we offer none."""
 
@@ -195,8 +198,8 @@ CASES: dict[str, list[Case]] = {
         Case(["dir=@/exports"], exports_folder, exports=("disk", "disk2", "nosuch", "", "../disk")),
     ],
     "floppy": [
-        Case(["dir=@/tree", "label=FIELD"], tree, writes=False, same_content=False),
-        Case(["@/tree", "size=2M"], tree, writes=False),
+        Case(["dir=@/tree", "label=FIELD"], tree, writes=False, tries=8),
+        Case(["@/tree", "size=2M"], tree, writes=False, tries=8),
     ],
     "full": [Case(["size=1M"])],
     "info": [
@@ -368,6 +371,7 @@ def test_help(release: str, name: str, pairs: Callable[[str], Pair]) -> None:
     ours, peer = both(pair, path, "--help")
     assert ours.returncode == 0, ours.stderr
     lines = peer.stdout[peer.stdout.index("\nplugin: ") :].splitlines()
+    assert "The Plugin over" not in ours.stdout, "that is about our class, not about the plugin"
     own = [line for line in lines[2:] if line and not line.startswith("(/")]
     for line in own:
         assert line in ours.stdout, f"{line!r} is not in {ours.stdout}"
@@ -506,34 +510,46 @@ def test_served(
     case = CASES[name][number]
     path = need(release, name)
     pair = pairs(release)
-    has_fast_zero = (
-        case.fast_zero and "has_can_fast_zero=1" in printed(pair.ours, path, "--dump-plugin").stdout
-    )
+    dump = printed(pair.ours, path, "--dump-plugin").stdout
+    has_fast_zero = case.fast_zero and "has_can_fast_zero=1" in dump
+    for _ in range(case.tries):
+        ours, peer = served_by_both(name, case, path, pair, nbd, web, tmp_path, sockdir)
+        for facts in peer.facts.values():
+            if isinstance(facts, dict) and not has_fast_zero:
+                facts["can_fast_zero"] = 0  # we do not promise what the plugin does not
+        if ours == peer:
+            return
+    assert ours.exports == peer.exports
+    for export, expected in peer.facts.items():
+        assert ours.facts[export] == expected, export
+    for export, outcomes in peer.changes.items():
+        assert ours.changes[export] == outcomes, export
+
+
+def served_by_both(
+    name: str,
+    case: Case,
+    path: Path,
+    pair: Pair,
+    nbd: ModuleType,
+    web: int,
+    tmp_path: Path,
+    sockdir: Path,
+) -> list[Seen]:
     results: list[Seen] = []
     for side, command in (("ours", pair.ours), ("peer", pair.peer)):
         files = tmp_path / "files"  # the same path for both: some plugins show it
         files.mkdir()
         case.prepare(files)
-        words = [
-            word.replace("@/", f"{files}/")
-            .replace("PORT", str(web))
-            .replace("NBDKIT", pair.peer[0])
-            for word in case.arguments
-        ]
-        by_name = side == "peer" and path.suffix != ".so"
-        (sockdir / side).mkdir()
-        words.insert(0, name if by_name else str(path))
-        with support.ServerProcess(sockdir / side, words, command) as server:
+        meant = {"@/": f"{files}/", "PORT": str(web), "NBDKIT": pair.peer[0]}
+        words = [name if side == "peer" and path.suffix != ".so" else str(path), *case.arguments]
+        for short, long in meant.items():
+            words = [word.replace(short, long) for word in words]
+        folder = Path(tempfile.mkdtemp(dir=sockdir))
+        with support.ServerProcess(folder, words, command) as server:
             results.append(see(nbd, server, case, *results))
             assert server.process.poll() is None, f"{side}: {server.log()}"
         assert server.process.returncode == 0, f"{side}: {server.log()}"
         assert "Traceback" not in server.log(), server.log()
-        files.rename(tmp_path / side)
-    ours, peer = results
-    assert ours.exports == peer.exports
-    for export, expected in peer.facts.items():
-        if isinstance(expected, dict) and not has_fast_zero:
-            expected["can_fast_zero"] = 0  # we do not promise what the plugin does not
-        assert ours.facts[export] == expected, export
-    for export, outcomes in peer.changes.items():
-        assert ours.changes[export] == outcomes, export
+        shutil.rmtree(files)
+    return results

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 import support
-from pynbdkit import places
+from pynbdkit import LoadError, places
 from pynbdkit.native import library
 
 FOR_FILTERS = {
@@ -149,3 +149,11 @@ print("found")
         [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ}
     )
     assert done.stdout == "found\n", done.stderr
+
+
+def test_a_part_in_c_of_another_version() -> None:
+    """One that an older installation has left behind lacks what is new: one line says so."""
+    import _ctypes
+
+    with pytest.raises(LoadError, match=r"of another version, it has no pynbdkit_\w+: install"):
+        library.Library(_ctypes.__file__)

@@ -88,7 +88,9 @@ def help(chain: Chain) -> Iterator[str]:
     for kind, it in [("plugin", chain.plugin), *(("filter", f) for f in chain.filters)]:
         yield ""
         yield f"{kind}: {it.name}" + (f" ({it.longname})" if it.longname else "")
-        text = it.description or (type(it).__doc__ or "").strip().split("\n", 1)[0]
+        text = it.description
+        if not text and not hasattr(it, "struct_size"):  # the class is not that of a plugin in C
+            text = (type(it).__doc__ or "").strip().split("\n", 1)[0]
         if text:
             yield text
         if it.config_help():

@@ -90,7 +90,13 @@ class Library:
         atexit.register(self.pynbdkit_is_there, 0)  # a plugin's threads may outlive us
 
     def _declare(self, name: str, result: Any, arguments: list[Any]) -> None:
-        function = getattr(self._library, name)
+        try:
+            function = getattr(self._library, name)
+        except AttributeError:
+            raise LoadError(
+                "plugins in C cannot be loaded: the part of pynbdkit that is written in C is of"
+                f" another version, it has no {name}: install pynbdkit again"
+            ) from None
         function.restype, function.argtypes = result, arguments
         setattr(self, name, function)
 
