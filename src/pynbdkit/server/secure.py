@@ -24,6 +24,8 @@ import ssl
 import threading
 from typing import TYPE_CHECKING, Final
 
+from ..heap import LARGE, keep
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
@@ -254,6 +256,8 @@ class SecureStream:
             except ssl.SSLError as error:
                 raise BrokenPipeError(errno.EPIPE, f"TLS: {error.reason or 'broken'}") from None
             data = self._outgoing.read()
+        if len(data) >= LARGE:
+            keep()  # what was encrypted is freed when it is sent, and wanted again at once
         if self._unsent:
             data = b"".join((self._unsent, data))
             self._unsent = b""
