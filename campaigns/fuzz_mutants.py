@@ -5,11 +5,11 @@ A campaign that finds nothing has shown something only if it would have found wh
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCE = Path(__file__).resolve().parent.parent / "src"
+from mutants import SOURCE as SOURCE  # the same tree is broken here
+from mutants import plant
 
 
 class Mutant(NamedTuple):
@@ -140,11 +140,4 @@ MUTANTS = {
 def make(name: str, folder: Path) -> Path:
     """A source tree with this mutant, below `folder`. Raises ValueError where it is out of date."""
     mutant = MUTANTS[name]
-    tree = folder / "src"
-    shutil.copytree(SOURCE, tree, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    file = tree / "pynbdkit" / mutant.file
-    text = file.read_text()
-    if mutant.old not in text:
-        raise ValueError(f"{name!r}: {mutant.file} has changed; adapt campaigns/fuzz_mutants.py")
-    file.write_text(text.replace(mutant.old, mutant.new))
-    return tree
+    return plant(name, mutant.file, mutant.old, mutant.new, folder)

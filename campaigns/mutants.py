@@ -71,11 +71,19 @@ MUTANTS = {
 def make(name: str, folder: Path) -> Path:
     """A source tree with this mutant, below `folder`. Raises ValueError where it is out of date."""
     mutant = MUTANTS[name]
+    return plant(name, mutant.file, mutant.old, mutant.new, folder)
+
+
+def plant(name: str, file: str, old: str, new: str, folder: Path) -> Path:
+    """A source tree below `folder` in which one module has `new` for `old`; `name` is for errors.
+
+    Raises ValueError where the module does not have it any more.
+    """
     tree = folder / "src"
     shutil.copytree(SOURCE, tree, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    file = tree / "pynbdkit" / mutant.file
-    text = file.read_text()
-    if mutant.old not in text:
-        raise ValueError(f"mutant {name!r}: {mutant.file} has changed; adapt campaigns/mutants.py")
-    file.write_text(text.replace(mutant.old, mutant.new))
+    path = tree / "pynbdkit" / file
+    text = path.read_text()
+    if old not in text:
+        raise ValueError(f"mutant {name!r}: {file} has changed; adapt it where it is defined")
+    path.write_text(text.replace(old, new))
     return tree

@@ -119,10 +119,7 @@ class Session:
 
         For what takes long and is of no use any more then.
         """
-        if self._stopping is not None and self._stopping(0):
-            import errno
-
-            raise OSError(errno.ESHUTDOWN, "the server is stopping, or the client has gone")
+        self.sleep(0)
 
     def sleep(self, seconds: float) -> None:
         """Sleep, but wake early when the server stops or the client is gone.
@@ -142,6 +139,18 @@ class Session:
 def current() -> Session | None:
     """The session that the running thread works for; None outside a connection."""
     return getattr(_local, "session", None)
+
+
+def shutdown() -> None:
+    """Ask the server that this thread works for to stop; outside a connection, every server."""
+    session = current()
+    for stop in [session.shutdown] if session else list(stops):
+        stop()
+
+
+def sleep(seconds: float) -> None:
+    """As `Session.sleep` of this thread's session; a plain sleep outside a connection."""
+    (current() or Session()).sleep(seconds)
 
 
 def set_current(session: Session | None) -> None:

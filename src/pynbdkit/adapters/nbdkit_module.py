@@ -117,9 +117,7 @@ def peer_tls_issuer_dn() -> str:
 
 def shutdown() -> None:
     """Ask the server to stop: it finishes what is running first. Works in any thread."""
-    session = _session.current()
-    for stop in [session.shutdown] if session else list(_session.stops):
-        stop()
+    _session.shutdown()
 
 
 def disconnect(force: bool) -> None:
@@ -132,14 +130,8 @@ def nanosleep(sec: int, nsec: int) -> None:
     seconds = _index(sec) + _index(nsec) / 1e9
     if seconds < 0:
         raise ValueError(f"cannot sleep for {sec} s and {nsec} ns")
-    session = _session.current()
-    if session is None:
-        import time
-
-        time.sleep(seconds)
-        return
     try:
-        session.sleep(seconds)
+        _session.sleep(seconds)
     except OSError as error:
         set_error(error.errno or _errno.ESHUTDOWN)
         raise

@@ -296,14 +296,8 @@ def sockaddr(name: Any) -> bytes:
 
 
 def _nanosleep(seconds: int, nanoseconds: int) -> int:
-    session = sessions.current()
-    if session is None:
-        import time
-
-        time.sleep(seconds + nanoseconds / 1e9)
-        return 0
     try:
-        session.sleep(seconds + nanoseconds / 1e9)
+        sessions.sleep(seconds + nanoseconds / 1e9)
     except OSError as error:
         log.debug(str(error))
         return -1
@@ -312,12 +306,6 @@ def _nanosleep(seconds: int, nanoseconds: int) -> int:
 
 def _stdio_safe() -> int:
     return int(not sessions.stdio_is_taken)
-
-
-def _shutdown() -> None:
-    session = sessions.current()
-    for stop in [session.shutdown] if session else list(sessions.stops):
-        stop()
 
 
 def _disconnect(force: int) -> int:
@@ -339,7 +327,7 @@ _SERVER: Final[tuple[tuple[Any, Any, list[Any], Callable[..., Any]], ...]] = (
     (-1, _INT, [_ADDRESS, _ADDRESS], _peer_name),
     (-1, _INT, [_UNSIGNED, _UNSIGNED], _nanosleep),
     (0, _INT, [], _stdio_safe),
-    (None, _VOID, [], _shutdown),
+    (None, _VOID, [], sessions.shutdown),
     (-1, _INT, [_INT], _disconnect),
     (None, _ADDRESS, [_ADDRESS, ctypes.c_size_t], _intern),
 )

@@ -94,6 +94,7 @@ SMALL_REQUEST: Final = 32 << 10
 LONG_SILENCE: Final = 5.0
 """Seconds after which a client that sends nothing is idle: it needs no large buffer."""
 TIMEVAL: Final = Struct("ll")
+NO_MEMORY: Final = "out of memory for a client's requests: its connection is closed"
 HOLE_PAYS: Final = 32 << 10
 """Reads of at least this many bytes are looked at for zeros, to be sent as a hole."""
 
@@ -245,7 +246,7 @@ class Transmission:
         except OSError as error:
             self.end(error.strerror or str(error))
         except MemoryError:
-            log.error("out of memory for a client's requests: its connection is closed")
+            log.error(NO_MEMORY)
             self.end("out of memory")
         except BaseException:  # a bug of ours: the crew must not wait for ever
             self.end("")
@@ -654,7 +655,7 @@ class Transmission:
     def give_up(self, failure: BaseException) -> None:
         """Requests can no longer be answered: end the connection (from any thread)."""
         if isinstance(failure, MemoryError):
-            log.error("out of memory for a client's requests: its connection is closed")
+            log.error(NO_MEMORY)
         elif not isinstance(failure, OSError):  # a bug of ours
             log.exception("connection", failure)
         self.end(str(failure))
