@@ -36,14 +36,34 @@ def locked(pid: int) -> int:
 # -- --swap ----------------------------------------------------------------------------------------
 
 
-def test_memory_is_locked_and_so_is_what_comes_later(serve: Serve, connect: Connect) -> None:
+KEEPS_MEMORY = """
+kept = []
+
+def open(readonly):
+    kept.append(bytearray(1 << 25))
+    return kept[-1]
+
+def get_size(disk):
+    return len(disk)
+
+def pread(disk, buf, offset, flags):
+    buf[:] = disk[offset:offset + len(buf)]
+"""
+
+
+def test_memory_is_locked_and_so_is_what_comes_later(
+    serve: Serve, connect: Connect, tmp_path: Path
+) -> None:
     need_root("locking memory")
-    server = serve("--swap", "memory", "64M")
-    handle = connect(server)
+    script = tmp_path / "keeps.py"
+    script.write_text("API_VERSION = 2\n" + KEEPS_MEMORY)
+    server = serve("--swap", "python", str(script))
+    first = connect(server)  # answered, so the server has come as far as serving
     status = status_of(server.process.pid)
-    assert locked(server.process.pid) > int(status["VmRSS"].split()[0]) // 2
     before = locked(server.process.pid)
-    handle.pwrite(bytes(1 << 25), 0)  # the plugin's own
+    assert before > int(status["VmRSS"].split()[0]) // 2
+    second = connect(server)  # the script takes memory and keeps it
+    assert first.get_size() == second.get_size()
     assert locked(server.process.pid) >= before + (1 << 25) // 1024
 
 
