@@ -29,6 +29,7 @@ from pynbdkit.complete import Layer
 from pynbdkit.flags import ThreadModel
 from pynbdkit.protocol.negotiated import ExportInfo, Negotiated
 from pynbdkit.protocol.replies import ReplyParser
+from pynbdkit.server.carousel import Carousel
 from pynbdkit.server.transmission import Transmission
 from pynbdkit.server.watch import Watch
 from pynbdkit.session import Session
@@ -445,6 +446,7 @@ class Requests(Target):
         self._disks = [kind() for kind in fuzz_disks.KINDS]
         self._layers = [Layer(disk, self._session, "disk") for disk in self._disks]
         self._watch = Watch()
+        self._carousel = Carousel()
 
     def one(self, data: bytes) -> None:
         """Send the requests, and look at the replies."""
@@ -482,6 +484,7 @@ class Requests(Target):
                 threads=3,
                 lock=None,
                 watch=self._watch,
+                carousel=self._carousel,
             )
             transmission.run()
             fuzz_disks.nothing_wrong()

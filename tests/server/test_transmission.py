@@ -26,8 +26,10 @@ from pynbdkit import CacheMode, Device, Fua, Plugin, RunningServer, Session, Thr
 from pynbdkit.complete import Layer
 from pynbdkit.protocol.negotiated import ExportInfo, Negotiated
 from pynbdkit.protocol.requests import RequestParser
-from pynbdkit.server import transmission
-from pynbdkit.server.transmission import HOLE_PAYS, Transmission
+from pynbdkit.server import receiver
+from pynbdkit.server.carousel import Carousel
+from pynbdkit.server.runner import HOLE_PAYS
+from pynbdkit.server.transmission import Transmission
 from pynbdkit.server.watch import Watch
 from raw import CACHE, FLUSH, READ, STATUS, TRIM, WRITE, ZEROES, Raw
 
@@ -494,7 +496,7 @@ def test_a_silent_client_keeps_no_large_buffer_and_goes_on(
             large.append(parser.large)
         silent.release()
 
-    monkeypatch.setattr(transmission, "LONG_SILENCE", 0.05)
+    monkeypatch.setattr(receiver, "LONG_SILENCE", 0.05)
     monkeypatch.setattr(RequestParser, "shrink", noted)
     plugin = pynbdkit.load_plugin("memory", size="1M")
     data = bytes(range(250)) * 1200
@@ -588,7 +590,7 @@ def test_long_answers_that_are_not_read_do_not_pile_up(server: RunningServer, di
         (served,) = server._server._connections
         transmission = served._transmission
         assert transmission is not None
-        waiting = sum(map(len, transmission._ready))
+        waiting = sum(map(len, transmission._runner.ready))
         assert waiting < 2 << 20
         assert 1 <= len(disk.calls) < 100
 
@@ -822,6 +824,7 @@ def test_a_socket_that_takes_part_of_the_replies_gets_all_of_them(name: str, tak
         threads=16,
         lock=None,
         watch=Watch(),
+        carousel=Carousel(),
     )
     assert transmission.run() == ""
     assert sock.sent == expected

@@ -280,6 +280,7 @@ class Connection:
                     threads=server.threads,
                     lock=server.request_lock,
                     watch=server.watch,
+                    carousel=server.carousel,
                 )
         except OpenError as failure:
             log.error(str(failure))

@@ -13,6 +13,7 @@ from time import perf_counter
 from .. import log
 from ..protocol.constants import CMD_DISC, CMD_FLAG_FUA, CMD_READ, CMD_WRITE, MAX_PAYLOAD
 from ..session import set_current
+from .receiver import Disconnect
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,10 +38,6 @@ SAMPLE: Final = 256
 
 LEAD: Final = "lead"
 """In the queue: a worker is to lead (`Crew._lead`)."""
-
-
-class Disconnect(Exception):
-    """The client has gone, or asked to end (its text: why; "" where it did as it should)."""
 
 
 class Crew:

@@ -17,6 +17,7 @@ import time
 
 from .. import log
 from ..session import stops
+from .carousel import Carousel
 from .connection import Connection, needs_lock
 from .listen import tune
 from .watch import Watch
@@ -78,6 +79,7 @@ class Server:
         self.thread_model = chain.thread_model()
         self.connection_lock, self.request_lock, self.control_lock = needs_lock(self.thread_model)
         self.watch = Watch()
+        self.carousel = Carousel()
         self.stopping = threading.Event()
         self._asked = False
         self._closes = False
@@ -173,6 +175,7 @@ class Server:
                 else:
                     log.debug(f"{len(self._connections)} connection(s) have requests running")
         self.watch.close()
+        self.carousel.close()
         stops.remove(self.stop)
         for failure in self.chain.cleanup():
             log.exception("cleanup", failure)

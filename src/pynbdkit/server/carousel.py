@@ -1,0 +1,178 @@
+"""Carousel: one thread that serves every connection that is busy with quick, small requests.
+
+A thread for each connection is right as long as one of them is busy. Several busy ones want the
+interpreter's lock all the time, and to hand it over costs more than a request. So when connections
+are found busy in turn, their threads get on here (`ride`) and wait, while one thread receives, runs
+and answers for all, a batch at a time of whoever has something to do. As it goes round, the
+requests of the others gather, and batches grow.
+
+A connection gets off, and its own thread goes on, when anything about it is not quick and small: a
+large request, calls that wait, a client that does not take its replies, an end; when it is alone;
+and when it is silent for long.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from time import monotonic
+
+from .. import log
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Final
+
+    from .transmission import Transmission
+
+SEVERAL: Final = 16
+"""A connection gets on when its score has come to this: each batch of its own that follows another
+connection's counts 2, each that follows one of its own takes 1 away."""
+ALONE: Final = 2000
+"""So many batches in turn of one connection: the others are silent, it gets off."""
+SWEEP: Final = 2.0
+"""Seconds between looks for silent connections."""
+
+
+class Carousel:
+    """The connections that one thread serves, and that thread."""
+
+    def __init__(self) -> None:
+        self.last: Transmission | None = None
+        """Whose batch was run last, anywhere in the server."""
+        self._lock = threading.Lock()
+        self._riders: dict[int, Transmission] = {}  # by descriptor
+        self._moved: set[int] = set()  # descriptors with something to do since the last sweep
+        self._epoll: Any = None
+        self._generation = 0  # grows when the thread is left behind in a call
+        self._thread: threading.Thread | None = None
+        self._wake: tuple[int, int] | None = None
+        self._closed = False
+        self.available = hasattr(select, "epoll")
+
+    def ride(self, transmission: Transmission) -> None:
+        """Have a connection served here; returns when its thread has to go on by itself."""
+        descriptor = transmission.fileno()
+        with self._lock:
+            if self._closed or not self._ready_to_run():
+                return
+            off = transmission.get_on()
+            self._riders[descriptor] = transmission
+            self._epoll.register(descriptor, select.EPOLLIN)
+        off.acquire()
+
+    def leave_behind(self, transmission: Transmission, off: threading.Lock) -> None:
+        """The thread is in a call of this connection, for long: another one serves the others.
+
+        `off` is what `Transmission.get_on` returned for this ride.
+        """
+        with self._lock:
+            if not (off.locked() and self._take_off(transmission)):
+                return  # the call has just ended
+            self._generation += 1
+            self._thread = None
+            if self._riders and not self._closed:
+                self._ready_to_run()
+
+    def forget(self, transmission: Transmission) -> None:
+        """A connection has ended."""
+        if self.last is transmission:
+            self.last = None
+
+    def close(self) -> None:
+        """End the thread; every connection has ended before."""
+        with self._lock:
+            self._closed = True
+            thread, self._thread = self._thread, None
+            if self._wake is not None:
+                os.close(self._wake[1])
+        if thread is not None:
+            thread.join()
+        if self._wake is not None:
+            os.close(self._wake[0])
+            self._epoll.close()
+
+    def _ready_to_run(self) -> bool:
+        """Have a thread (call it with the lock); False if the system has none for us."""
+        try:
+            if self._epoll is None:
+                self._wake = os.pipe2(os.O_CLOEXEC)
+                self._epoll = select.epoll()
+                self._epoll.register(self._wake[0], select.EPOLLIN)
+            if self._thread is None:
+                thread = threading.Thread(
+                    target=self._run, args=(self._generation,), name="carousel", daemon=True
+                )
+                thread.start()
+                self._thread = thread
+        except (OSError, RuntimeError) as error:
+            log.debug(f"connections are served by a thread each: {error}")
+            return False
+        return True
+
+    def _run(self, generation: int) -> None:
+        try:
+            self._go_round(generation)
+        except BaseException as failure:  # a bug of ours: nobody must wait for us for ever
+            log.exception("carousel", failure)
+            with self._lock:
+                self.available = False
+                left = list(self._riders.values())
+            for transmission in left:
+                self._let_off(transmission)
+
+    def _go_round(self, generation: int) -> None:
+        poll = self._epoll.poll
+        riders = self._riders
+        alone, before, sweep = 0, -1, monotonic() + SWEEP
+        while True:
+            events = poll(SWEEP)
+            if self._closed or self._generation != generation:
+                return
+            for descriptor, _ in events:
+                transmission = riders.get(descriptor)
+                if transmission is None:
+                    continue  # it has got off meanwhile
+                self.last = transmission
+                goes_on = transmission.turn()
+                if self._generation != generation:
+                    transmission.get_off()  # another thread serves the others; this one's waits
+                    return
+                if not goes_on:
+                    self._let_off(transmission)
+            if len(events) == 1 and events[0][0] == before:
+                alone += 1
+            else:
+                alone, before = 0, events[0][0] if len(events) == 1 else -1
+            if alone >= ALONE:
+                alone = 0
+                lonely = riders.get(before)
+                if lonely is not None:
+                    self._let_off(lonely)
+            self._moved.update(descriptor for descriptor, _ in events)
+            if monotonic() >= sweep:
+                sweep = monotonic() + SWEEP
+                self._sweep()
+
+    def _sweep(self) -> None:
+        """Let off who was silent since the last time."""
+        moved, self._moved = self._moved, set()
+        with self._lock:
+            silent = [each for fd, each in self._riders.items() if fd not in moved]
+        for transmission in silent:
+            self._let_off(transmission)
+
+    def _let_off(self, transmission: Transmission) -> None:
+        with self._lock:
+            self._take_off(transmission)
+        transmission.get_off()
+
+    def _take_off(self, transmission: Transmission) -> bool:
+        """Whether it was on (call it with the lock)."""
+        descriptor = transmission.fileno()
+        if self._riders.get(descriptor) is not transmission:
+            return False
+        del self._riders[descriptor]
+        self._epoll.unregister(descriptor)
+        return True

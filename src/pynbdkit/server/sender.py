@@ -1,0 +1,99 @@
+"""Sender: one connection's replies, to the client, in the order in which they became ready.
+
+Replies gather in a list that others append to; whoever holds the lock here sends all of them, many
+with one gather write.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Final
+
+IOV_MAX: Final = min(os.sysconf("SC_IOV_MAX"), 1024)
+
+
+class Sender:
+    """Sends for one connection, from any thread."""
+
+    def __init__(self, sock: socket.socket, ready: list[Any]) -> None:
+        """`ready`: where replies are put, at the end; they are taken from its beginning."""
+        self._sock = sock
+        self._ready = ready
+        self._lock = threading.Lock()
+
+    @property
+    def sending(self) -> bool:
+        """Whether replies are on their way to the client, or stuck there."""
+        return self._lock.locked()
+
+    def send(self) -> None:
+        """Send every reply that is ready. Raises OSError when the client is gone."""
+        ready = self._ready
+        lock = self._lock
+        while ready and lock.acquire():
+            try:
+                pieces = ready[:IOV_MAX]
+                del ready[: len(pieces)]
+                if pieces:
+                    self._send(pieces)
+            finally:
+                lock.release()
+
+    def send_ready(self) -> None:
+        """As `send`, but leaves it to the thread that is sending already, if there is one."""
+        ready = self._ready
+        lock = self._lock
+        while ready and lock.acquire(blocking=False):
+            try:
+                pieces = ready[:IOV_MAX]
+                del ready[: len(pieces)]
+                if pieces:
+                    self._send(pieces)
+            finally:
+                lock.release()
+
+    def send_without_waiting(self) -> bool:
+        """Send what the client takes now; False: there is more. Raises OSError. (Plain sockets.)"""
+        ready = self._ready
+        lock = self._lock
+        while ready:
+            if not lock.acquire(blocking=False):
+                return False
+            try:
+                pieces = ready[:IOV_MAX]
+                del ready[: len(pieces)]
+                try:
+                    sent = self._sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    sent = 0
+                if sent < sum(map(len, pieces)):
+                    ready[:0] = _after(pieces, sent)  # others append only: this stays the beginning
+                    return False
+            finally:
+                lock.release()
+        return True
+
+    def _send(self, pieces: list[Any]) -> None:
+        sent = self._sock.sendmsg(pieces)
+        total = sum(map(len, pieces))
+        while sent < total:  # a signal, or a socket that takes less
+            total -= sent
+            pieces = _after(pieces, sent)
+            sent = self._sock.sendmsg(pieces)
+
+
+def _after(pieces: list[Any], sent: int) -> list[Any]:
+    """What is left of pieces after `sent` bytes."""
+    done = 0
+    while sent >= len(pieces[done]):
+        sent -= len(pieces[done])
+        done += 1
+    rest = pieces[done:]
+    if sent:
+        rest[0] = memoryview(rest[0])[sent:]
+    return rest
