@@ -45,6 +45,7 @@ class Carousel:
         self._riders: dict[int, Transmission] = {}  # by descriptor
         self._moved: set[int] = set()  # descriptors with something to do since the last sweep
         self._epoll: Any = None
+        self._current: Transmission | None = None  # whose turn it is
         self._generation = 0  # grows when the thread is left behind in a call
         self._thread: threading.Thread | None = None
         self._wake: tuple[int, int] | None = None
@@ -68,10 +69,13 @@ class Carousel:
         `off` is what `Transmission.get_on` returned for this ride.
         """
         with self._lock:
-            if not (off.locked() and self._take_off(transmission)):
-                return  # the call has just ended
+            if transmission.off is not off or not self._take_off(transmission):
+                return  # it has got off by itself
+            if self._current is not transmission:  # the call has just ended
+                transmission.get_off()
+                return
             self._generation += 1
-            self._thread = None
+            self._thread = self._current = None
             if self._riders and not self._closed:
                 self._ready_to_run()
 
@@ -134,10 +138,14 @@ class Carousel:
                 transmission = riders.get(descriptor)
                 if transmission is None:
                     continue  # it has got off meanwhile
-                self.last = transmission
+                self.last = self._current = transmission
                 goes_on = transmission.turn()
-                if self._generation != generation:
-                    transmission.get_off()  # another thread serves the others; this one's waits
+                with self._lock:
+                    left_behind = self._generation != generation
+                    if not left_behind:
+                        self._current = None
+                if left_behind:
+                    transmission.get_off()  # another thread serves the others; its own one waits
                     return
                 if not goes_on:
                     self._let_off(transmission)

@@ -112,7 +112,8 @@ class Transmission:
         quick = may_block is False or self._measured
         self._may_ride = quick and lock is None and self._receiver.plain and carousel.available
         self._others = 0  # the score of other connections' batches between our own
-        self._off: threading.Lock | None = None  # held while the carousel serves us
+        self.off: threading.Lock | None = None
+        """Held while the carousel serves us (see `get_on`)."""
         self._unfinished = False  # the batch of our last turn there has more
         self._thrown: BaseException | None = None  # what has ended our last turn there
 
@@ -221,7 +222,7 @@ class Transmission:
         self._busy = True  # first: the watch looks once more after it has said that it sleeps
         if not self.watched:
             self._watch.look_at(self)
-        gate = self._enter_gate(batch) if self._watch.several and self._off is None else None
+        gate = self._enter_gate(batch) if self._watch.several and self.off is None else None
         wall = perf_counter()
         try:
             more = self._run_queue(batch)
@@ -291,7 +292,7 @@ class Transmission:
         self._others += 2
         return (
             self._others >= SEVERAL
-            and self._off is None
+            and self.off is None
             and request is not None
             and request[4] <= SMALL_REQUEST
             and not self._dispatching
@@ -317,13 +318,13 @@ class Transmission:
 
     def get_on(self) -> threading.Lock:
         """The carousel serves us from now on; returns the lock that is free when it has ended."""
-        off = self._off = threading.Lock()
+        off = self.off = threading.Lock()
         off.acquire()
         return off
 
     def get_off(self) -> None:
         """The carousel serves us no longer."""
-        off, self._off = self._off, None
+        off, self.off = self.off, None
         if off is not None:
             off.release()
 
@@ -357,7 +358,7 @@ class Transmission:
 
     def take_over(self) -> None:
         """The reader's call takes long: another thread goes on (called by the Watch)."""
-        crew, batch, serial, off = self._crew, self._batch, self._serial, self._off
+        crew, batch, serial, off = self._crew, self._batch, self._serial, self.off
         if crew is None or not (off is not None or len(batch) > 1 or _readable(self._sock)):
             return
         if not self._turn.acquire(blocking=False):
