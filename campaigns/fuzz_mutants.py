@@ -22,7 +22,7 @@ class Mutant(NamedTuple):
 
 
 HANDSHAKE = "protocol/handshake_server.py"
-TRANSMISSION = "server/transmission.py"
+RUNNER = "server/runner.py"
 MUTANTS = {
     "an option of any length is read": Mutant(
         "handshake", HANDSHAKE, "if length > MAX_OPTION_SKIP:", "if False:"
@@ -54,7 +54,7 @@ MUTANTS = {
         "requests", "server/rules.py", "if flags & ~allowed:", "if False:"
     ),
     "a cache request is not answered": Mutant(
-        *("requests", TRANSMISSION),
+        *("requests", RUNNER),
         "            layer.cache(count, offset, 0)\n",
         "            layer.cache(count, offset, 0)\n            return 0\n",
     ),
@@ -69,7 +69,7 @@ MUTANTS = {
         "                stop = start + 28 + count\n                if stop > end + 1:\n",
     ),
     "a read overtakes writes that wait for their group": Mutant(
-        *("requests", TRANSMISSION),
+        *("requests", RUNNER),
         "                    if held:  # what comes next may take long, and replies may have an"
         " order\n                        self._run_held(held)\n",
         "",

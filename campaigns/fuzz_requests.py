@@ -436,7 +436,7 @@ class Requests(Target):
     thread_model = ThreadModel.SERIALIZE_REQUESTS
     name = "requests"
     modules: Sequence[str] = (
-        *("pynbdkit.server.transmission", "pynbdkit.server.rules", "pynbdkit.protocol.requests"),
+        *("pynbdkit.server.runner", "pynbdkit.server.rules", "pynbdkit.protocol.requests"),
         *("pynbdkit.protocol.replies", "pynbdkit.complete", "pynbdkit.extents"),
     )
     share = 6.0
