@@ -61,7 +61,7 @@ class Receiver:
         self._single = 0  # how often in turn one request came alone
         self._rest = 0  # requests to wait for without polling
         self._missed = 0  # how often in turn polling found nothing
-        self._polls = self.plain and _SEVERAL_CPUS
+        self._polls = _SEVERAL_CPUS and (self.plain or getattr(sock, "pollable", False))
 
     def receive(self) -> list[Request]:
         """The next requests: at least one. Raises Disconnect at the end, OSError."""

@@ -117,9 +117,15 @@ class SecureStream:
         """Whether data waits that the descriptor does not tell of."""
         return self._more
 
+    @property
+    def pollable(self) -> bool:
+        """Whether `recv_into` can be asked not to wait."""
+        return type(self._sock) is socket.socket
+
     def recv_into(self, buffer: bytearray | memoryview, nbytes: int = 0, flags: int = 0) -> int:
         """Receive what there is, or with MSG_WAITALL all that was asked for; 0 at the end.
 
+        With MSG_DONTWAIT (where it is `pollable`) raises BlockingIOError when there is nothing.
         For one thread at a time. Raises OSError when the client breaks the rules of TLS.
         """
         view = memoryview(buffer)
@@ -136,7 +142,7 @@ class SecureStream:
                 if self._failure is not None and not filled:
                     raise self._failure
                 return filled
-            self._receive()
+            self._receive(flags & socket.MSG_DONTWAIT)
 
     def sendmsg(self, pieces: Sequence[Buffer]) -> int:
         """Encrypt and send all pieces; returns how many bytes they are. Raises OSError."""
@@ -204,10 +210,10 @@ class SecureStream:
                 self._failure = OSError(errno.EPROTO, "TLS: the client makes noise, and is deaf")
         return filled
 
-    def _receive(self) -> None:
+    def _receive(self, flags: int) -> None:
         """Receive ciphertext: what there is."""
         raw = self._raw
-        count = self._sock.recv_into(raw)
+        count = self._sock.recv_into(raw, 0, flags) if flags else self._sock.recv_into(raw)
         if not count:
             self._ended = True
             return
