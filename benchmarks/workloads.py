@@ -60,13 +60,13 @@ class Workload(Protocol):
     def name(self) -> str: ...
 
     @property
-    def in_mib(self) -> bool:
-        """Whether the table shows MiB/s (else requests a second)."""
+    def unit(self) -> str:
+        """What the table shows, one of report.UNITS."""
 
     def run(self, server: Server, place: Place, seconds: float) -> Sample: ...
 
 
-def _run(argv: list[str], timeout: float) -> str:
+def run_client(argv: list[str], timeout: float) -> str:
     """Run a client to its end, return its stdout; raise WorkloadError if it failed."""
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False)
@@ -113,8 +113,8 @@ class Fio:
     jobs: int = 1
 
     @property
-    def in_mib(self) -> bool:
-        return self.block > 64 * KIB
+    def unit(self) -> str:
+        return "MiB/s" if self.block > 64 * KIB else "/s"
 
     def argv(self, uri: str, seconds: float) -> list[str]:
         return [
@@ -136,7 +136,7 @@ class Fio:
     def run(self, server: Server, place: Place, seconds: float) -> Sample:
         watch = Stopwatch(server.pid)
         watch.start()
-        output = _run(self.argv(server.uri, seconds), timeout=seconds + 30)
+        output = run_client(self.argv(server.uri, seconds), timeout=seconds + 30)
         return Sample(*parse_fio(output), watch.stop())
 
 
@@ -150,7 +150,7 @@ class Copy:
 
     name: str
     reading: bool
-    in_mib: bool = True
+    unit: str = "MiB/s"
 
     def run(self, server: Server, place: Place, seconds: float) -> Sample:
         source = server.uri if self.reading else str(source_file(place))
@@ -160,7 +160,7 @@ class Copy:
         copies = 0
         begin = time.perf_counter()
         while not copies or time.perf_counter() - begin < seconds:
-            _run(argv, timeout=60)
+            run_client(argv, timeout=60)
             copies += 1
         elapsed = time.perf_counter() - begin
         nbytes = copies * place.size
@@ -236,7 +236,7 @@ class Fua:
 
     name: str
     bursts: bool
-    in_mib: bool = False
+    unit: str = "/s"
 
     def run(self, server: Server, place: Place, seconds: float) -> Sample:
         watch = Stopwatch(server.pid)
@@ -265,7 +265,7 @@ def source_file(place: Place) -> Path:
 
 def fill(server: Server, place: Place) -> None:
     """Fill a disk with random bytes, so that reads find data and not holes."""
-    _run(["nbdcopy", str(source_file(place)), server.uri], timeout=120)
+    run_client(["nbdcopy", str(source_file(place)), server.uri], timeout=120)
 
 
 _SMALL = tuple(
@@ -279,12 +279,20 @@ _FOUR = tuple(Fio(f"{rw}-4k-d16-x4", rw, 4 * KIB, 16, jobs=4) for rw in ("randre
 _LARGE = tuple(Fio(f"{rw}-256k-d4", rw, 256 * KIB, 4) for rw in ("read", "write"))
 _COPIES = (Copy("nbdcopy-out", reading=True), Copy("nbdcopy-in", reading=False))
 _FUA = (Fua("fua-4k-d16-dirty", bursts=True), Fua("fua-4k-d16-steady", bursts=False))
-_SCRIPT = tuple(fio for fio in _SMALL if fio.depth == 16)
+_SIXTEEN = tuple(fio for fio in _SMALL if fio.depth == 16)
+
+# Depth 64 gives every thread work; at 256 there are more requests than anybody has threads.
+_SLOW = tuple(Fio(f"randread-4k-d{depth}", "randread", 4 * KIB, depth) for depth in (64, 256))
 
 WORKLOADS: dict[str, tuple[Workload, ...]] = {
     "memory": (*_SMALL, *_FOUR, *_LARGE, *_COPIES),
     "file": (*_SMALL, *_FOUR, *_LARGE, *_COPIES, *_FUA),
-    "tls": (*_SCRIPT, *_LARGE, *_COPIES),
-    "script": _SCRIPT,
-    "native": (*_SCRIPT, *_LARGE),
+    "tls": (*_SIXTEEN, *_LARGE, *_COPIES),
+    "script": _SIXTEEN,
+    "native": (*_SIXTEEN, *_LARGE),
+    "filters": _SIXTEEN,
+    "slow": _SLOW[:1],
+    "async": _SLOW,
+    "memory-workers": _FOUR,
+    "file-workers": _FOUR,
 }
