@@ -231,13 +231,18 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def obstacles(tasks: Sequence[Task], folder: Path, size: int) -> list[str]:
-    """Return what makes a run senseless from the start, a line each."""
-    lines = [
+def missing_clients() -> list[str]:
+    """Return a line for each client that is not installed."""
+    return [
         f"{tool} is not installed: apt-get install {package}"
         for tool, package in workloads.PACKAGES.items()
         if not shutil.which(tool)
     ]
+
+
+def obstacles(tasks: Sequence[Task], folder: Path, size: int) -> list[str]:
+    """Return what makes a run senseless from the start, a line each."""
+    lines = missing_clients()
     if any(isinstance(task.workload, workloads.Fua) for task in tasks):
         if workloads.libnbd_python() is None:
             lines.append("no Python here has the nbd module: apt-get install python3-libnbd")

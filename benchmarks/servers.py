@@ -119,8 +119,12 @@ def command(name: str, kind: str, place: Place, sock: Path, pidfile: Path) -> li
     if name == "nbd-server":
         config = _nbd_server_config(place, sock)
         return ["nbd-server", "-C", str(config), "-p", str(pidfile)]
+    return _started(name, place, sock, _served(name, kind, place))
+
+
+def _started(name: str, place: Place, sock: Path, served: Sequence[str]) -> list[str]:
     start = list(place.pynbdkit) if program(name) == SUBJECT else ["nbdkit"]
-    return [*start, "-f", "-U", str(sock), *_served(name, kind, place)]
+    return [*start, "-f", "-U", str(sock), *served]
 
 
 def _served(name: str, kind: str, place: Place) -> list[str]:
@@ -232,10 +236,18 @@ def greets(sock: Path) -> bool:
 class Server:
     """One running server.
 
-    `uri` is for any client, `pid` for the CPU clock. Use it in a `with`, or call `stop`.
+    `uri` is for any client, `pid` for the CPU clock. Use it in a `with`, or call `stop`. `served`:
+    the options and the plugin, where they are not those of the kind (for nbdkit and pynbdkit).
     """
 
-    def __init__(self, name: str, kind: str, place: Place, patience: float = 20.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        place: Place,
+        patience: float = 20.0,
+        served: Sequence[str] | None = None,
+    ) -> None:
         self.name = name
         self.kind = kind
         self._sock = place.sockets / f"{name}-{kind}.sock"
@@ -247,7 +259,10 @@ class Server:
         self.uri = f"nbd+unix:///{export}?socket={self._sock}"
         if kind == "tls":  # fio cannot be told of certificates: it encrypts, and checks nothing
             self.uri = f"nbds+unix:///?socket={self._sock}&tls-verify-peer=false"
-        argv = command(name, kind, place, self._sock, self._pidfile)
+        if served is None:
+            argv = command(name, kind, place, self._sock, self._pidfile)
+        else:
+            argv = _started(name, place, self._sock, served)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT

@@ -23,6 +23,8 @@ from servers import Place, Server
 KIB = 1024
 MIB = 1024 * KIB
 COPY_REQUEST = 256 * KIB  # nbdcopy's default --request-size
+CROWD_RATE = 200_000
+"""Requests that a crowd sends for each second that it is given: some seconds of work."""
 FUA_DIRTY = 256 * MIB
 FUA_BURST = 256
 FUA_DEPTH = 16
@@ -97,9 +99,9 @@ def parse_fio(output: str) -> tuple[int, float, int]:
     requests = sum(int(side["total_ios"]) for side in sides)
     nbytes = sum(int(side["io_bytes"]) for side in sides)
     seconds = max(int(side["runtime"]) for side in sides) / 1000
-    if requests <= 0 or seconds <= 0:
+    if requests <= 0 or seconds < 0:
         raise WorkloadError("fio did no I/O")
-    return requests, seconds, nbytes
+    return requests, max(seconds, 0.001), nbytes  # fio counts milliseconds
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ class Fio:
     def unit(self) -> str:
         return "MiB/s" if self.block > 64 * KIB else "/s"
 
-    def argv(self, uri: str, seconds: float) -> list[str]:
+    def argv(self, uri: str, *until: str) -> list[str]:
+        """Return the command; `until` are the options that say when to end."""
         return [
             "fio",
             "--name=bench",
@@ -127,17 +130,45 @@ class Fio:
             f"--iodepth={self.depth}",
             f"--numjobs={self.jobs}",
             "--group_reporting",
-            "--time_based",
-            f"--runtime={round(seconds * 1000)}ms",
             "--norandommap",
             "--output-format=json",
+            *until,
         ]
 
     def run(self, server: Server, place: Place, seconds: float) -> Sample:
+        until = ("--time_based", f"--runtime={round(seconds * 1000)}ms")
         watch = Stopwatch(server.pid)
         watch.start()
-        output = run_client(self.argv(server.uri, seconds), timeout=seconds + 30)
+        output = run_client(self.argv(server.uri, *until), timeout=seconds + 30)
         return Sample(*parse_fio(output), watch.stop())
+
+
+@dataclass(frozen=True)
+class Crowd(Fio):
+    """As many requests as connections by the hundred get done, without what it takes to come.
+
+    A fio job's time begins when it is connected, and the last of 256 is connected when the first
+    one's time is nearly over: the rates that each saw do not add up. So the work is given, not the
+    time, and done twice, little of it and much: what the clock and the server's CPU show more the
+    second time is for the requests that are more.
+    """
+
+    def run(self, server: Server, place: Place, seconds: float) -> Sample:
+        little = self._work(server, self.depth)
+        much = self._work(server, self.depth + max(1, round(CROWD_RATE * seconds / self.jobs)))
+        requests, elapsed = much.requests - little.requests, much.seconds - little.seconds
+        if requests <= 0 or elapsed <= 0:
+            raise WorkloadError("more requests did not take longer: give it more --seconds")
+        cpu = max(0.0, much.cpu - little.cpu)
+        return Sample(requests, elapsed, much.nbytes - little.nbytes, cpu)
+
+    def _work(self, server: Server, requests: int) -> Sample:
+        argv = self.argv(server.uri, f"--io_size={requests * self.block}")
+        watch = Stopwatch(server.pid)
+        watch.start()
+        begin = time.perf_counter()
+        done, _, nbytes = parse_fio(run_client(argv, timeout=120))
+        return Sample(done, time.perf_counter() - begin, nbytes, watch.stop())
 
 
 @dataclass(frozen=True)
