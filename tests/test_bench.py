@@ -472,15 +472,17 @@ def test_a_client_that_fails_is_an_error(place: servers.Place) -> None:
 @pytest.mark.usefixtures("peers")
 def test_the_limit_keeps_what_is_written_in_pieces_of_any_size(place: servers.Place) -> None:
     support.program("cc")
+    source, copy = workloads.source_file(place), place.disk.with_name("copy")
     for name in ("limit", "limit-poll"):
-        copy = place.disk.with_name("copy")
         with servers.Server(name, "memory", place) as server:
-            workloads.fill(server, place)
-            workloads.run_client(["nbdcopy", server.uri, str(copy)], 30)
-            assert copy.read_bytes() == workloads.source_file(place).read_bytes()
-            for block, jobs in ((512, 2), (24 << 10, 1), (2 * MIB, 1)):  # payloads in pieces, too
-                fio = workloads.Fio("mixed", "randrw", block, 8, jobs)
-                assert fio.run(server, place, 0.05).requests > 0
+            for request in (512, 8192, 32768, MIB):  # payloads in the buffer, and in pieces
+                words = ["nbdcopy", f"--request-size={request}"]
+                for way in ((source, server.uri), (server.uri, copy)):
+                    workloads.run_client([*words, *map(str, way)], 30)
+                assert copy.read_bytes() == source.read_bytes()
+                bench.write_random(source, SIZE)
+            fio = workloads.Fio("mixed", "randrw", 24 << 10, 8, jobs=4)
+            assert fio.run(server, place, 0.05).requests > 0
             assert server.running()
 
 

@@ -100,7 +100,6 @@ def test_a_moment_of_it(plugin: str) -> None:
 
 LEAKS = """
 import os
-from pynbdkit import Device, Plugin
 from pynbdkit.plugins.memory import Memory
 
 class Leaks(Memory):
@@ -109,27 +108,29 @@ class Leaks(Memory):
     def open(self, session):
         {on_open}
         device = super().open(session)
-        read = device.pread
-        def pread(count, offset, flags):
-            {on_read}
-            return read(count, offset, flags)
-        device.pread = pread
+        for name in ("pread", "pwrite", "trim"):
+            setattr(device, name, self.leaking(getattr(device, name)))
         return device
+    def leaking(self, call):
+        def leaks(*arguments):
+            {on_call}
+            return call(*arguments)
+        return leaks
 """
 
 
 @pytest.mark.parametrize(
-    ("on_open", "on_read", "said"),
+    ("on_open", "on_call", "said"),
     [
         ("pass", "Leaks.kept.append(bytes(4000))", "memory grows: "),
         ("os.open('/dev/null', os.O_RDONLY)", "pass", "descriptors, not "),
     ],
 )
 def test_a_server_that_leaks_is_told_of(
-    tmp_path: Path, on_open: str, on_read: str, said: str
+    tmp_path: Path, on_open: str, on_call: str, said: str
 ) -> None:
     path = tmp_path / "leaks.py"
-    path.write_text(LEAKS.format(on_open=on_open, on_read=on_read))
+    path.write_text(LEAKS.format(on_open=on_open, on_call=on_call))
     report = moment("leaks", (str(path), f"size={soak.DISK}"))
     assert [said in text for text in report.broken] == [True], report.broken
 
