@@ -475,7 +475,7 @@ def test_the_limit_keeps_what_is_written_in_pieces_of_any_size(place: servers.Pl
     source, copy = workloads.source_file(place), place.disk.with_name("copy")
     for name in ("limit", "limit-poll"):
         with servers.Server(name, "memory", place) as server:
-            for request in (512, 8192, 32768, MIB):  # payloads in the buffer, and in pieces
+            for request in (4096, 8192, 32768, MIB):  # payloads in the buffer, and in pieces
                 words = ["nbdcopy", f"--request-size={request}"]
                 for way in ((source, server.uri), (server.uri, copy)):
                     workloads.run_client([*words, *map(str, way)], 30)
