@@ -1,8 +1,10 @@
 # make test     everything that has to hold: lint, format, types, tests (installs what it needs)
 # make load     many clients, and what they cost (LOAD="--short" for a short run)
+# make soak     a day's requests in minutes, and nothing of them stays (SOAK="--minutes 1" for a short run)
 # make crash    the server killed, its power cut, its resources gone (CRASH="--minutes 1" for a short run)
 # make fuzz     millions of bad inputs (FUZZ="--inputs 200000" for a short run)
 # make bench    side by side with the peers that are installed (BENCH="--quick" for a short run)
+# make bench-plots  how cost grows, measured and drawn into docs/plots (PLOTS="--quick" for a short run)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +14,7 @@ TESTS ?= tests
 CRASH ?= --minutes 20
 CONNECTIONS ?= 2000
 
-.PHONY: all test check pytest bench crash fuzz load peers peers-next venv clean
+.PHONY: all test check pytest bench bench-plots crash fuzz load soak peers peers-next venv clean
 
 all: test
 
@@ -29,8 +31,15 @@ pytest: venv peers-next
 bench: venv peers
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
+bench-plots: venv peers
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e ".[plots]"
+	$(BIN)/python benchmarks/plots.py $(PLOTS)
+
 load: venv peers
 	$(BIN)/python campaigns/load.py $(LOAD)
+
+soak: venv peers
+	$(BIN)/python campaigns/soak.py $(SOAK)
 
 crash: venv peers
 	$(BIN)/python campaigns/crash.py $(CRASH)

@@ -24,15 +24,17 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import alone
 import machine
 import report
 import servers
 import workloads
-from servers import BASELINE, KINDS, SUBJECT, Place, Server
-from workloads import MIB, WORKLOADS, Workload
+from alone import Together
+from servers import BASELINE, KINDS, SUBJECT, Place, Server, baseline
+from workloads import MIB, WORKLOADS, Sample, Workload
 
 FULL = (3, 2.0)  # rounds, seconds a run
-QUICK = (1, 0.5)
+QUICK = (1, 0.25)
 NO_DISK = ("tmpfs", "ramfs")
 
 
@@ -41,18 +43,24 @@ class Task:
     """One workload and the servers that take turns at it."""
 
     kind: str
-    workload: Workload
+    workload: Workload | Together
     servers: tuple[str, ...]
+
+
+def of_kind(kind: str) -> tuple[Workload | Together, ...]:
+    """Return the workloads of a kind of disk."""
+    return (alone.WORKLOADS[kind],) if kind in alone.WORKLOADS else WORKLOADS[kind]
 
 
 def selected(patterns: Sequence[str]) -> list[Task]:
     """Return the tasks whose `KIND/WORKLOAD/SERVER` holds any of the patterns (all, if none).
 
-    nbdkit comes along wherever another server is chosen: without it there is no ratio.
+    nbdkit comes along wherever another server is chosen, run in the same way where it can be:
+    without it there is no ratio.
     """
     tasks = []
     for kind, names in KINDS.items():
-        for workload in WORKLOADS[kind]:
+        for workload in of_kind(kind):
             wanted = {
                 name
                 for name in names
@@ -60,19 +68,24 @@ def selected(patterns: Sequence[str]) -> list[Task]:
                 or any(fnmatchcase(f"{kind}/{workload.name}/{name}", f"*{p}*") for p in patterns)
             }
             if wanted:
-                wanted.add(BASELINE)
+                wanted |= {baseline(kind, name) for name in wanted}
                 chosen = tuple(name for name in names if name in wanted)
                 tasks.append(Task(kind, workload, chosen))
     return tasks
 
 
 def without(tasks: Sequence[Task], absent: set[str]) -> list[Task]:
-    """Return the tasks as they are without some servers."""
+    """Return the tasks as they are without some servers.
+
+    A kind is left out when the server that it is there for is absent.
+    """
     kept = []
     for task in tasks:
+        if servers.REASON.get(task.kind) in absent:
+            continue
         names = tuple(name for name in task.servers if name not in absent)
         kept.append(Task(task.kind, task.workload, names))
-    return kept
+    return [task for task in kept if task.servers]
 
 
 def write_random(path: Path, size: int) -> None:
@@ -109,6 +122,10 @@ class Bench:
                 self._round(kind, number, mine)
 
     def _round(self, kind: str, number: int, tasks: Sequence[Task]) -> None:
+        if kind in alone.WORKLOADS:
+            for task in tasks:
+                self._together(alone.WORKLOADS[kind], number, task)
+            return
         running: dict[str, Server] = {}
         try:
             for name in dict.fromkeys(name for task in tasks for name in task.servers):
@@ -124,33 +141,46 @@ class Bench:
     def _start(self, running: dict[str, Server], name: str, kind: str) -> None:
         try:
             server = running[name] = Server(name, kind, self.place)
-            if kind != "file":
+            if kind not in servers.NOT_FILLED:
                 workloads.fill(server, self.place)
         except (servers.ServerError, workloads.WorkloadError, OSError) as error:
             self._failed(f"{kind}: {name} cannot be measured: {error}")
             if name in running:
                 running.pop(name).stop()
 
+    def _together(self, workload: Together, number: int, task: Task) -> None:
+        try:
+            samples = workload.run_all(task.servers, self.place, self.seconds)
+        except (workloads.WorkloadError, OSError) as error:
+            self._failed(f"{task.kind}/{workload.name}: {error}")
+            return
+        for name, sample in samples.items():
+            self._keep(name, task, number, sample)
+
     def _measure(self, running: dict[str, Server], name: str, task: Task, number: int) -> None:
-        if task.kind == "file":
+        assert not isinstance(task.workload, (alone.Start, alone.Idle))
+        if task.kind in servers.FILES:
             settle(self.place)
-        where = f"{task.kind}/{task.workload.name}/{name}"
         server = running[name]
         try:
             sample = task.workload.run(server, self.place, self.seconds)
         except (workloads.WorkloadError, OSError) as error:
             state = "" if server.running() else f"; the server is gone: {server.said()}"
-            self._failed(f"{where}: {error}{state}")
+            self._failed(f"{task.kind}/{task.workload.name}/{name}: {error}{state}")
             # A server that failed once may be in any state: the next workload gets a fresh one.
             running.pop(name).stop()
             self._start(running, name, task.kind)
             return
-        in_mib = task.workload.in_mib
-        record = report.Record(task.kind, task.workload.name, name, number, sample, in_mib)
+        self._keep(name, task, number, sample)
+
+    def _keep(self, name: str, task: Task, number: int, sample: Sample) -> None:
+        where, unit = f"{task.kind}/{task.workload.name}/{name}", task.workload.unit
+        record = report.Record(task.kind, task.workload.name, name, number, sample, unit)
         self.records.append(record)
         cpu = sample.cpu_per_request * 1e6
         self.say(
-            f"round {number}/{self.rounds}  {where:<44} {sample.rate:10,.0f}/s  CPU {cpu:7.1f} µs"
+            f"round {number}/{self.rounds}  {where:<52}"
+            f" {report.shown(record.value, unit):>14}  CPU {cpu:7.1f} µs"
         )
 
     def _failed(self, line: str) -> None:
@@ -177,7 +207,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="bench.py", description="Compare pynbdkit with the other NBD servers installed here."
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="one round of short runs: within two minutes")
+    add("--quick", action="store_true", help="one round of short runs: some two minutes")
     help_ = "only what has this in KIND/WORKLOAD/SERVER (* and ? allowed; may be repeated)"
     add("--only", action="append", default=[], metavar="PATTERN", help=help_)
     add("--list", action="store_true", help="print every KIND/WORKLOAD/SERVER chosen, and end")
@@ -201,13 +231,18 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def obstacles(tasks: Sequence[Task], folder: Path, size: int) -> list[str]:
-    """Return what makes a run senseless from the start, a line each."""
-    lines = [
+def missing_clients() -> list[str]:
+    """Return a line for each client that is not installed."""
+    return [
         f"{tool} is not installed: apt-get install {package}"
         for tool, package in workloads.PACKAGES.items()
         if not shutil.which(tool)
     ]
+
+
+def obstacles(tasks: Sequence[Task], folder: Path, size: int) -> list[str]:
+    """Return what makes a run senseless from the start, a line each."""
+    lines = missing_clients()
     if any(isinstance(task.workload, workloads.Fua) for task in tasks):
         if workloads.libnbd_python() is None:
             lines.append("no Python here has the nbd module: apt-get install python3-libnbd")
@@ -228,15 +263,16 @@ def version_commands(names: set[str], pynbdkit: Sequence[str]) -> dict[str, list
         "nbd-server": ["nbd-server", "-V"],
         SUBJECT: [*pynbdkit, "--version"],
     }
-    chosen = {name: argv for name, argv in known.items() if name in names}
+    programs = {servers.program(name) for name in names}
+    chosen = {name: argv for name, argv in known.items() if name in programs}
     return chosen | {"fio": ["fio", "--version"], "nbdcopy": ["nbdcopy", "--version"]}
 
 
 def notes_for(rows: Sequence[report.Row], quiet: bool) -> list[str]:
     """Return what a reader of the table has to know."""
     notes = [
-        "Rates are medians over the rounds. A ratio is formed within each round; its median is "
-        "shown, and in brackets the smallest and the largest."
+        "Rates and costs are medians over the rounds. A ratio is formed within each round, and "
+        "above 1 is better; its median is shown, and in brackets the smallest and the largest."
     ]
     if not quiet:
         notes.append("The machine was not quiet when this began: take the numbers with care.")
@@ -276,6 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     tasks = without(tasks, set(gaps))
     facts = machine.facts(version_commands(names - set(gaps), args.pynbdkit), args.dir)
+    words = sys.argv[1:] if argv is None else list(argv)
+    facts = {"command": shlex.join(["python", "benchmarks/bench.py", *words])} | facts
     facts["runs"] = f"{args.rounds} rounds of {args.seconds:g} s each, disks of {args.size} MiB"
     quiet = machine.load() < 0.5
     interrupted = False
@@ -287,11 +325,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             interrupted = True
 
     rows = report.rows(bench.records)
-    notes = notes_for(rows, quiet) + [f"Left out, not installed: {name}." for name in gaps]
+    notes = notes_for(rows, quiet) + [f"Left out, not there: {name}." for name in gaps]
     notes += [f"Failed: {line}" for line in bench.failures]
     if interrupted:
         notes.append("Interrupted: later rows and rounds are missing.")
-    text = report.markdown(rows, facts, notes)
+    text = report.markdown(rows, facts, notes, everything=not args.only)
     print(text, end="")
     if args.markdown:
         args.markdown.write_text(text)

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from pathlib import Path
 
 
@@ -57,5 +58,6 @@ def facts(commands: dict[str, list[str]], folder: Path) -> dict[str, str]:
         "kernel": f"{platform.system()} {platform.release()}",
         "file system": file_system(folder),
         "versions": f"{versions}, Python {platform.python_version()}",
+        "date": time.strftime("%Y-%m-%d"),
         "load before": f"{load():.2f}",
     }

@@ -23,19 +23,64 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 GREETING = b"NBDMAGICIHAVEOPT"
-SCRIPT = Path(__file__).resolve().parent / "script_plugin.py"
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE / "script_plugin.py"
+LIMIT_SOURCE = HERE / "limit.c"
+SLOW_THREADS = HERE / "slow_threads.py"
+SLOW_ASYNC = HERE / "slow_async.py"
 
-# Per kind of disk, who serves it; the first is what the others are compared with.
+# Per kind of disk, who serves it. A name is a program, or a program and a way to run it
+# ("nbdkit-t64"); what each is compared with says `baseline`.
 BASELINE = "nbdkit"
 SUBJECT = "pynbdkit"
 KINDS: dict[str, tuple[str, ...]] = {
-    "memory": ("nbdkit", "pynbdkit"),
+    "memory": ("nbdkit", "limit", "limit-poll", "pynbdkit"),
     "file": ("nbdkit", "qemu-nbd", "nbd-server", "pynbdkit"),
     "tls": ("nbdkit", "pynbdkit"),
     "script": ("nbdkit", "pynbdkit"),
     "native": ("nbdkit", "pynbdkit"),
+    "filters": ("nbdkit", "pynbdkit"),
+    "slow": ("nbdkit", "nbdkit-t64", "pynbdkit", "pynbdkit-t64"),
+    "async": ("nbdkit", "nbdkit-t64", "pynbdkit-t64", "pynbdkit"),
+    "memory-workers": ("nbdkit", "pynbdkit", "pynbdkit-workers"),
+    "file-workers": ("nbdkit", "pynbdkit", "pynbdkit-workers"),
+    "idle": ("nbdkit", "pynbdkit"),
+    "start": ("nbdkit", "python", "pynbdkit"),
 }
+# What else a row of pynbdkit's is compared with, a column each.
+REFERENCES: dict[str, tuple[str, ...]] = {
+    "memory": ("limit", "limit-poll"),
+    "async": ("nbdkit-t64",),
+    "memory-workers": ("pynbdkit",),
+    "file-workers": ("pynbdkit",),
+    "start": ("python",),
+}
+REASON = {"memory-workers": "pynbdkit-workers", "file-workers": "pynbdkit-workers"}
+"""The server that a kind is there for: its others are measured elsewhere."""
+FILES = ("file", "file-workers")
+"""Kinds that serve the file; its content is there before they start."""
+NOT_FILLED = (*FILES, "slow", "async")
+SLOW_CALL = {"slow": 0.001, "async": 0.01}
+"""Seconds that each call of the slow plugins takes."""
+SLOW_SIZE = "64M"
+FILTERS = ("nofilter", "noextents", "nozero")
+"""Each leaves reads and writes alone, in both servers; it takes something else away, or nothing."""
+WORKERS = ("--workers", "2")
+POLL = 60
+"""Microseconds that limit-poll asks for more before it sleeps."""
 PACKAGES = {"nbdkit": "nbdkit", "qemu-nbd": "qemu-utils", "nbd-server": "nbd-server"}
+
+
+def program(name: str) -> str:
+    """Return the program of a server: "nbdkit" of "nbdkit-t64"."""
+    known = ("nbdkit", "pynbdkit", "limit")
+    return next((word for word in known if name == word or name.startswith(f"{word}-")), name)
+
+
+def baseline(kind: str, name: str) -> str:
+    """Return what a server is compared with: nbdkit, run in the same way where it can be."""
+    same = name.replace(SUBJECT, BASELINE, 1)
+    return same if program(same) == BASELINE and same in KINDS[kind] else BASELINE
 
 
 class ServerError(Exception):
@@ -62,24 +107,11 @@ def _nbd_server_config(place: Place, sock: Path) -> Path:
 
 def command(name: str, kind: str, place: Place, sock: Path, pidfile: Path) -> list[str]:
     """Return the command that makes server `name` serve a disk of `kind` on `sock`."""
-    if name in ("nbdkit", "pynbdkit"):
-        start = ["nbdkit"] if name == "nbdkit" else list(place.pynbdkit)
-        what = {
-            "memory": ["memory", str(place.size)],
-            "tls": [
-                "--tls=require",
-                f"--tls-certificates={place.disk.parent}",
-                "memory",
-                str(place.size),
-            ],
-            "file": ["file", str(place.disk)],
-            "script": ["python", str(SCRIPT), f"size={place.size}"],
-        }
-        if kind == "native":
-            what[kind] = [native_plugin(), str(place.size)]
-        return [*start, "-f", "-U", str(sock), *what[kind]]
-    if kind != "file":
+    if name not in KINDS.get(kind, ()) or kind in ("idle", "start"):
         raise ValueError(f"{name} has no {kind} disk")
+    if program(name) == "limit":
+        poll = [str(POLL)] if name == "limit-poll" else []
+        return [str(limit_program(place.sockets)), str(sock), str(place.size), *poll]
     if name == "qemu-nbd":
         # Writeback is what the others do too: the page cache keeps a write until a flush.
         options = ["-f", "raw", "--cache=writeback", "--aio=threads", "--persistent", "--shared=16"]
@@ -87,7 +119,48 @@ def command(name: str, kind: str, place: Place, sock: Path, pidfile: Path) -> li
     if name == "nbd-server":
         config = _nbd_server_config(place, sock)
         return ["nbd-server", "-C", str(config), "-p", str(pidfile)]
-    raise ValueError(f"unknown server {name}")
+    return _started(name, place, sock, _served(name, kind, place))
+
+
+def _started(name: str, place: Place, sock: Path, served: Sequence[str]) -> list[str]:
+    start = list(place.pynbdkit) if program(name) == SUBJECT else ["nbdkit"]
+    return [*start, "-f", "-U", str(sock), *served]
+
+
+def _served(name: str, kind: str, place: Place) -> list[str]:
+    """Return the options and the plugin of a kind, in the words that nbdkit and pynbdkit share."""
+    size = str(place.size)
+    if kind in ("slow", "async"):
+        plugin = ["python", str(SLOW_THREADS)]
+        if kind == "async" and name == SUBJECT:
+            plugin = [str(SLOW_ASYNC)]
+        threads = "64" if name.endswith("-t64") else "16"
+        return ["-t", threads, *plugin, f"delay={SLOW_CALL[kind]:g}", f"size={SLOW_SIZE}"]
+    workers = [*WORKERS] if name.endswith("-workers") else []
+    if kind in FILES:
+        return [*workers, "file", str(place.disk)]
+    if kind == "tls":
+        return ["--tls=require", f"--tls-certificates={place.disk.parent}", "memory", size]
+    if kind == "script":
+        return ["python", str(SCRIPT), f"size={size}"]
+    if kind == "native":
+        return [native_plugin(), size]
+    if kind == "filters":
+        return [*(f"--filter={name}" for name in FILTERS), "memory", size]
+    return [*workers, "memory", size]
+
+
+def limit_program(folder: Path) -> Path:
+    """Compile limit.c into a folder, once; raises ServerError with what the compiler said."""
+    target = folder / "limit"
+    if target.exists():
+        return target
+    words = ["-std=gnu11", "-O2", "-pthread", "-o", str(target), str(LIMIT_SOURCE)]
+    done = subprocess.run(["cc", *words], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = (done.stderr.strip().splitlines() or ["no message"])[0]
+        raise ServerError(f"limit.c does not compile: {said}")
+    return target
 
 
 @functools.cache
@@ -115,20 +188,32 @@ def make_certificates(folder: Path) -> None:
 
 def missing(name: str, place: Place) -> str | None:
     """Return a line that says what to install when server `name` cannot be run here."""
-    if name != SUBJECT:
-        if shutil.which(name):
+    if name == "python":
+        return None
+    if program(name) == "limit":
+        # Its headers may be missing where a compiler is not.
+        words = ["cc", "-std=gnu11", "-fsyntax-only", str(LIMIT_SOURCE)]
+        if shutil.which("cc") and subprocess.run(words, capture_output=True).returncode == 0:
             return None
-        return f"{name} is not installed: apt-get install {PACKAGES[name]}"
+        return f"{name} needs a C compiler: apt-get install gcc libc6-dev"
+    if program(name) != SUBJECT:
+        if shutil.which(program(name)):
+            return None
+        return f"{name} is not installed: apt-get install {PACKAGES[program(name)]}"
+    option = WORKERS[0] if name.endswith("-workers") else ""
+    asked = "--help" if option else "--version"
     try:
         done = subprocess.run(
-            [*place.pynbdkit, "--version"], capture_output=True, text=True, timeout=20, check=False
+            [*place.pynbdkit, asked], capture_output=True, text=True, timeout=20, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{' '.join(place.pynbdkit)} --version does not run: {error}"
+        return f"{' '.join(place.pynbdkit)} {asked} does not run: {error}"
     if done.returncode == 0:
-        return None
+        if option in done.stdout:
+            return None
+        return f"{name}: this pynbdkit has no {option}"
     said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return f"{' '.join(place.pynbdkit)} --version failed: {said}"
+    return f"{' '.join(place.pynbdkit)} {asked} failed: {said}"
 
 
 def greets(sock: Path) -> bool:
@@ -151,10 +236,18 @@ def greets(sock: Path) -> bool:
 class Server:
     """One running server.
 
-    `uri` is for any client, `pid` for the CPU clock. Use it in a `with`, or call `stop`.
+    `uri` is for any client, `pid` for the CPU clock. Use it in a `with`, or call `stop`. `served`:
+    the options and the plugin, where they are not those of the kind (for nbdkit and pynbdkit).
     """
 
-    def __init__(self, name: str, kind: str, place: Place, patience: float = 20.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        place: Place,
+        patience: float = 20.0,
+        served: Sequence[str] | None = None,
+    ) -> None:
         self.name = name
         self.kind = kind
         self._sock = place.sockets / f"{name}-{kind}.sock"
@@ -166,7 +259,10 @@ class Server:
         self.uri = f"nbd+unix:///{export}?socket={self._sock}"
         if kind == "tls":  # fio cannot be told of certificates: it encrypts, and checks nothing
             self.uri = f"nbds+unix:///?socket={self._sock}&tls-verify-peer=false"
-        argv = command(name, kind, place, self._sock, self._pidfile)
+        if served is None:
+            argv = command(name, kind, place, self._sock, self._pidfile)
+        else:
+            argv = _started(name, place, self._sock, served)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT

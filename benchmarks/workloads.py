@@ -23,6 +23,8 @@ from servers import Place, Server
 KIB = 1024
 MIB = 1024 * KIB
 COPY_REQUEST = 256 * KIB  # nbdcopy's default --request-size
+CROWD_RATE = 200_000
+"""Requests that a crowd sends for each second that it is given: some seconds of work."""
 FUA_DIRTY = 256 * MIB
 FUA_BURST = 256
 FUA_DEPTH = 16
@@ -60,13 +62,13 @@ class Workload(Protocol):
     def name(self) -> str: ...
 
     @property
-    def in_mib(self) -> bool:
-        """Whether the table shows MiB/s (else requests a second)."""
+    def unit(self) -> str:
+        """What the table shows, one of report.UNITS."""
 
     def run(self, server: Server, place: Place, seconds: float) -> Sample: ...
 
 
-def _run(argv: list[str], timeout: float) -> str:
+def run_client(argv: list[str], timeout: float) -> str:
     """Run a client to its end, return its stdout; raise WorkloadError if it failed."""
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False)
@@ -97,9 +99,9 @@ def parse_fio(output: str) -> tuple[int, float, int]:
     requests = sum(int(side["total_ios"]) for side in sides)
     nbytes = sum(int(side["io_bytes"]) for side in sides)
     seconds = max(int(side["runtime"]) for side in sides) / 1000
-    if requests <= 0 or seconds <= 0:
+    if requests <= 0 or seconds < 0:
         raise WorkloadError("fio did no I/O")
-    return requests, seconds, nbytes
+    return requests, max(seconds, 0.001), nbytes  # fio counts milliseconds
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,11 @@ class Fio:
     jobs: int = 1
 
     @property
-    def in_mib(self) -> bool:
-        return self.block > 64 * KIB
+    def unit(self) -> str:
+        return "MiB/s" if self.block > 64 * KIB else "/s"
 
-    def argv(self, uri: str, seconds: float) -> list[str]:
+    def argv(self, uri: str, *until: str) -> list[str]:
+        """Return the command; `until` are the options that say when to end."""
         return [
             "fio",
             "--name=bench",
@@ -127,17 +130,45 @@ class Fio:
             f"--iodepth={self.depth}",
             f"--numjobs={self.jobs}",
             "--group_reporting",
-            "--time_based",
-            f"--runtime={round(seconds * 1000)}ms",
             "--norandommap",
             "--output-format=json",
+            *until,
         ]
 
     def run(self, server: Server, place: Place, seconds: float) -> Sample:
+        until = ("--time_based", f"--runtime={round(seconds * 1000)}ms")
         watch = Stopwatch(server.pid)
         watch.start()
-        output = _run(self.argv(server.uri, seconds), timeout=seconds + 30)
+        output = run_client(self.argv(server.uri, *until), timeout=seconds + 30)
         return Sample(*parse_fio(output), watch.stop())
+
+
+@dataclass(frozen=True)
+class Crowd(Fio):
+    """As many requests as connections by the hundred get done, without what it takes to come.
+
+    A fio job's time begins when it is connected, and the last of 256 is connected when the first
+    one's time is nearly over: the rates that each saw do not add up. So the work is given, not the
+    time, and done twice, little of it and much: what the clock and the server's CPU show more the
+    second time is for the requests that are more.
+    """
+
+    def run(self, server: Server, place: Place, seconds: float) -> Sample:
+        little = self._work(server, self.depth)
+        much = self._work(server, self.depth + max(1, round(CROWD_RATE * seconds / self.jobs)))
+        requests, elapsed = much.requests - little.requests, much.seconds - little.seconds
+        if requests <= 0 or elapsed <= 0:
+            raise WorkloadError("more requests did not take longer: give it more --seconds")
+        cpu = max(0.0, much.cpu - little.cpu)
+        return Sample(requests, elapsed, much.nbytes - little.nbytes, cpu)
+
+    def _work(self, server: Server, requests: int) -> Sample:
+        argv = self.argv(server.uri, f"--io_size={requests * self.block}")
+        watch = Stopwatch(server.pid)
+        watch.start()
+        begin = time.perf_counter()
+        done, _, nbytes = parse_fio(run_client(argv, timeout=120))
+        return Sample(done, time.perf_counter() - begin, nbytes, watch.stop())
 
 
 @dataclass(frozen=True)
@@ -150,7 +181,7 @@ class Copy:
 
     name: str
     reading: bool
-    in_mib: bool = True
+    unit: str = "MiB/s"
 
     def run(self, server: Server, place: Place, seconds: float) -> Sample:
         source = server.uri if self.reading else str(source_file(place))
@@ -160,7 +191,7 @@ class Copy:
         copies = 0
         begin = time.perf_counter()
         while not copies or time.perf_counter() - begin < seconds:
-            _run(argv, timeout=60)
+            run_client(argv, timeout=60)
             copies += 1
         elapsed = time.perf_counter() - begin
         nbytes = copies * place.size
@@ -236,7 +267,7 @@ class Fua:
 
     name: str
     bursts: bool
-    in_mib: bool = False
+    unit: str = "/s"
 
     def run(self, server: Server, place: Place, seconds: float) -> Sample:
         watch = Stopwatch(server.pid)
@@ -265,7 +296,7 @@ def source_file(place: Place) -> Path:
 
 def fill(server: Server, place: Place) -> None:
     """Fill a disk with random bytes, so that reads find data and not holes."""
-    _run(["nbdcopy", str(source_file(place)), server.uri], timeout=120)
+    run_client(["nbdcopy", str(source_file(place)), server.uri], timeout=120)
 
 
 _SMALL = tuple(
@@ -279,12 +310,20 @@ _FOUR = tuple(Fio(f"{rw}-4k-d16-x4", rw, 4 * KIB, 16, jobs=4) for rw in ("randre
 _LARGE = tuple(Fio(f"{rw}-256k-d4", rw, 256 * KIB, 4) for rw in ("read", "write"))
 _COPIES = (Copy("nbdcopy-out", reading=True), Copy("nbdcopy-in", reading=False))
 _FUA = (Fua("fua-4k-d16-dirty", bursts=True), Fua("fua-4k-d16-steady", bursts=False))
-_SCRIPT = tuple(fio for fio in _SMALL if fio.depth == 16)
+_SIXTEEN = tuple(fio for fio in _SMALL if fio.depth == 16)
+
+# Depth 64 gives every thread work; at 256 there are more requests than anybody has threads.
+_SLOW = tuple(Fio(f"randread-4k-d{depth}", "randread", 4 * KIB, depth) for depth in (64, 256))
 
 WORKLOADS: dict[str, tuple[Workload, ...]] = {
     "memory": (*_SMALL, *_FOUR, *_LARGE, *_COPIES),
     "file": (*_SMALL, *_FOUR, *_LARGE, *_COPIES, *_FUA),
-    "tls": (*_SCRIPT, *_LARGE, *_COPIES),
-    "script": _SCRIPT,
-    "native": (*_SCRIPT, *_LARGE),
+    "tls": (*_SIXTEEN, *_LARGE, *_COPIES),
+    "script": _SIXTEEN,
+    "native": (*_SIXTEEN, *_LARGE),
+    "filters": _SIXTEEN,
+    "slow": _SLOW[:1],
+    "async": _SLOW,
+    "memory-workers": _FOUR,
+    "file-workers": _FOUR,
 }

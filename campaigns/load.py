@@ -154,6 +154,13 @@ def cost(before: Figures, after: Figures, count: int) -> str:
     )
 
 
+def idle_connection(server: Subject, count: int) -> tuple[Figures, Figures]:
+    """What a server has before `count` idle connections come, and while they are there."""
+    before = server.figures()
+    with crowd.crowd(server.address, IDLE, count):
+        return before, server.figures()
+
+
 # -- stages ----------------------------------------------------------------------------------------
 
 
