@@ -8,6 +8,7 @@ moment (`NOT_YET`).
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -620,6 +621,29 @@ def test_waiting_calls_are_dispatched_and_quick_ones_run_where_they_are_read() -
             assert len(set(ask_until(dispatching=False))) == 1
 
 
+def test_a_long_first_batch_of_calls_that_wait_is_not_run_one_by_one() -> None:
+    nothing = threading.Event()
+    device = Meeting(lambda offset: (nothing.wait(0.002), None)[1])
+    with pynbdkit.serve(Devices(device)) as server, client_of(server) as client:
+        client.send(b"".join(client.request(READ, n, n, 8) for n in range(200)))
+        assert set(cookies(client, 200)) == set(range(200))
+    assert device.threads.count("connection-1") < 100
+    assert len(set(device.threads)) > 2
+
+
+def test_a_long_batch_of_calls_that_compute_stays_where_it_was_read() -> None:
+    def compute(offset: int) -> None:
+        end = time.thread_time() + 0.002
+        while time.thread_time() < end:
+            pass
+
+    device = Meeting(compute)
+    with pynbdkit.serve(Devices(device)) as server, client_of(server) as client:
+        client.send(b"".join(client.request(READ, n, n, 8) for n in range(50)))
+        assert set(cookies(client, 50)) == set(range(50))
+    assert set(device.threads) == {"connection-1"}
+
+
 def test_many_changes_leave_no_threads_behind() -> None:
     """Slow and quick calls in turn: the connection's threads do not add up."""
     nothing = threading.Event()
@@ -793,6 +817,9 @@ class Reader:
     def take_over(self) -> None:
         self.busy = False
         self.taken.set()
+
+    def waits(self) -> bool:
+        return False
 
 
 def until_not_watched(*readers: Reader) -> None:

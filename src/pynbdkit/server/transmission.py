@@ -95,6 +95,8 @@ class Transmission:
         self._serial = 0  # counts the batches
         self._epoch = 0  # grows when a reader is left behind
         self._busy = False  # the reader is running a batch
+        self._reader = 0  # the system's number of the thread that runs it
+        self._noted: tuple[float, ...] = (0, 0, 0, 0, 0)  # what `waits` saw last
         self.watched = False
         """Whether the watch looks at this connection (it sets this)."""
         self._probing = 0  # batches to measure the processor time of, after a slow one
@@ -219,6 +221,7 @@ class Transmission:
         before = len(batch)
         probing = self._probing
         cpu, switches = (thread_time(), _switches()) if probing else (0.0, 0)
+        self._reader = threading.get_native_id()
         self._busy = True  # first: the watch looks once more after it has said that it sleeps
         if not self.watched:
             self._watch.look_at(self)
@@ -376,6 +379,17 @@ class Transmission:
         finally:
             self._turn.release()
 
+    def waits(self) -> bool:
+        """Whether the calls of a long batch wait, by what was noted last time (for the Watch)."""
+        serial, left = self.progress
+        now = serial, -left, *_cost_of(self._reader), perf_counter()
+        before, self._noted = self._noted, now
+        if before[0] != serial:
+            return False
+        _, calls, switches, cpu, wall = (new - old for new, old in zip(now, before, strict=True))
+        # As in `_run_measured`: by waiting, and not for the processor.
+        return wall > SLOW_CALL * calls > 0 and cpu < wall / 2 and 2 * switches >= calls
+
     def _go_on(self, epoch: int, batch: deque[Request | None]) -> None:
         requests: list[Request | None] = []
         try:
@@ -443,6 +457,23 @@ def _switches() -> int:
     from resource import RUSAGE_THREAD, getrusage
 
     return getrusage(RUSAGE_THREAD).ru_nvcsw
+
+
+def _cost_of(thread: int) -> tuple[int, float]:
+    """How often another thread has given up the processor to wait, and its seconds of it.
+
+    Zeros where that is not known (proc(5), "status" and "schedstat").
+    """
+    switches = 0
+    try:
+        with open(f"/proc/self/task/{thread}/status", encoding="ascii") as status:
+            for line in status:
+                if line.startswith("voluntary_ctxt_switches:"):
+                    switches = int(line.split()[1])
+        with open(f"/proc/self/task/{thread}/schedstat", encoding="ascii") as schedstat:
+            return switches, int(schedstat.read().split()[0]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0, 0.0  # it has ended, or this is no Linux
 
 
 def _readable(sock: Any) -> bool:

@@ -1,5 +1,6 @@
-"""Watch: notices a request that holds up a connection's other requests.
+"""Watch: notices requests that hold up a connection's other requests.
 
+That is one call that takes long, or a batch of calls that wait a little each, one after the other.
 One thread for the whole server. It looks every few milliseconds at the connections whose calls
 declare nothing about waiting, and only at those that were busy lately: when there is none, it
 sleeps until a reader wakes it.
@@ -106,4 +107,6 @@ class Watch:
                     self._forget(transmission)
         if busy and not moves:
             self.gate = threading.Lock()  # it may hold the old one
+            transmission.take_over()
+        elif busy and now[0] == before[0] and transmission.waits():
             transmission.take_over()
