@@ -7,8 +7,9 @@ moment (`NOT_YET`).
 
 from __future__ import annotations
 
+import queue
 import threading
-import time
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,8 @@ import pytest
 import pynbdkit
 from pynbdkit import Device, Filter, FilterDevice, Plugin, RunningServer, Session
 from pynbdkit.complete import Layer
-from pynbdkit.server import watch
+from pynbdkit.server import transmission as transmission_module
+from pynbdkit.server.transmission import Transmission
 from pynbdkit.server.watch import Watch
 from pynbdkit.session import current
 from raw import DISC, FLUSH, READ, TRIM, WRITE, ZEROES, Raw
@@ -632,21 +634,52 @@ def test_a_long_first_batch_of_calls_that_wait_is_not_run_one_by_one() -> None:
     assert len(set(device.threads)) > 2
 
 
-def test_a_long_batch_of_calls_that_compute_stays_where_it_was_read(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("calls", "switches", "cpu", "waits"),
+    [
+        (5, 5, 0.0001, True),
+        (5, 5, 0.004, False),  # it computes, and others have the processor now and then
+        (5, 1, 0.0001, False),  # others have the processor
+        (100, 100, 0.0001, False),  # it waits, but not long enough for threads to pay
+        (0, 9, 0.0001, False),  # one call that waits is for the other rule
+    ],
+)
+def test_when_a_long_batch_is_one_of_calls_that_wait(
+    calls: int, switches: int, cpu: float, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "TICK", 0.04)  # a call that only waits for a processor is no news
+    reader = types.SimpleNamespace(progress=(7, 200), _reader=1, _noted=(0, 0, 0, 0, 0))
+    now, cost = 100.0, (50, 3.0)
+    monkeypatch.setattr(transmission_module, "perf_counter", lambda: now)
+    monkeypatch.setattr(transmission_module, "_cost_of", lambda thread: cost)
 
-    def compute(offset: int) -> None:
-        end = time.thread_time() + 0.002
-        while time.thread_time() < end:
-            pass
+    def asked() -> bool:
+        return Transmission.waits(reader)  # type: ignore[arg-type]
 
-    device = Meeting(compute)
-    with pynbdkit.serve(Devices(device)) as server, client_of(server) as client:
-        client.send(b"".join(client.request(READ, n, n, 8) for n in range(150)))
-        assert set(cookies(client, 150)) == set(range(150))
-    assert set(device.threads) == {"connection-1"}
+    assert not asked()  # the first time there is nothing to compare with
+    now, cost, reader.progress = now + 0.005, (50 + switches, 3.0 + cpu), (7, 200 - calls)
+    assert asked() == waits
+    now, cost, reader.progress = now + 0.005, (100, 4.0), (8, 1)
+    assert not asked()  # another batch
+
+
+def test_what_a_thread_has_cost_is_known_to_others() -> None:
+    numbers: queue.SimpleQueue[int] = queue.SimpleQueue()
+    end, nothing = threading.Event(), threading.Event()
+
+    def work() -> None:
+        for _ in range(20):
+            nothing.wait(0.0001)
+        numbers.put(threading.get_native_id())
+        end.wait(WAIT)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    switches, seconds = transmission_module._cost_of(numbers.get(timeout=WAIT))
+    end.set()
+    thread.join()
+    assert switches >= 20
+    assert 0 < seconds < WAIT
+    assert transmission_module._cost_of(1 << 30) == (0, 0.0)
 
 
 def test_many_changes_leave_no_threads_behind() -> None:
