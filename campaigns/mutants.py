@@ -29,8 +29,12 @@ MUTANTS = {
         "            if self._dsync and self._write_dsync(fd, buf, offset):\n"
         "                return\n"
         "            write_all(fd, buf, offset)\n"
-        "            self._fdatasync(fd)\n",
-        "            write_all(fd, buf, offset)\n",
+        "        finally:\n"
+        "            self._idle.put(fd)\n"
+        "        self.sync()\n",
+        "            write_all(fd, buf, offset)\n"
+        "        finally:\n"
+        "            self._idle.put(fd)\n",
         ("order", "power", "raw"),
         "fua, alone",
     ),
@@ -47,6 +51,17 @@ MUTANTS = {
         "        if self._writable:\n            pass\n",
         ("order", "power", "raw"),
         "flush",
+    ),
+    "a flush is answered by a sync that was already running": Mutant(
+        "plugins/_sync.py",
+        "                with self._lock:\n"
+        "                    self._gathering = None  # who comes from here on wants the next one\n"
+        "                self._sync()\n",
+        "                self._sync()\n"
+        "                with self._lock:\n"
+        "                    self._gathering = None\n",
+        ("order", "power", "raw"),
+        "flushes",
     ),
     "zero and trim with FUA are answered without a sync": Mutant(
         "plugins/file.py",

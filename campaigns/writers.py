@@ -40,6 +40,7 @@ LOADS = {
     "fua": Load(4, 16, {"write": 50, "write, fua": 50}),
     "fua, alone": Load(1, 1, {"write": 50, "write, fua": 50}),
     "flush": Load(4, 16, {"write": 90, "flush": 10}),
+    "flushes": Load(8, 6, {"write": 60, "flush": 40}),
     "zero": Load(4, 16, {"write": 50, "zero, fua": 25, "trim, fua": 25}),
 }
 """After the first two: loads in which no other request's sync makes up for a missing one."""

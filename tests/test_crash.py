@@ -199,9 +199,10 @@ def test_power_cuts(chain: str, folder: Path) -> None:
     assert result.cuts == 8
 
 
-def test_power_cuts_of_a_block_device(folder: Path) -> None:
+@pytest.mark.parametrize("load", ["mixed", "flushes"])
+def test_power_cuts_of_a_block_device(load: str, folder: Path) -> None:
     needs()
-    result = crash.Campaign(folder, "file", load="mixed").raw(cuts=30, seconds=0.5)
+    result = crash.Campaign(folder, "file", load=load).raw(cuts=30, seconds=0.5)
     assert not result.problems
     assert result.cuts == 30
 

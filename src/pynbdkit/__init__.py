@@ -72,13 +72,15 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
+    # Also asked for our own modules' names, before they are imported: then it has to be quick.
+    home = next((module for module, names in _HOME.items() if name in names), None)
+    if home is None and name != "parameters":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
     from importlib import import_module
 
-    for module, names in _HOME.items():
-        if name in names:
-            value: object = getattr(import_module(f".{module}", __name__), name)
-            globals()[name] = value
-            return value
-    if name == "parameters":
+    if home is None:
         return import_module(".parameters", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value

@@ -574,17 +574,22 @@ def test_threads(
 # -- starting quickly ------------------------------------------------------------------------------
 
 HEAVY = """
-argparse ast asyncio base64 concurrent ctypes dataclasses datetime decimal dis email fractions
-getopt getpass hashlib http importlib.metadata importlib.util inspect ipaddress json locale logging
-multiprocessing optparse pathlib pickle pkgutil platform queue random re shlex shutil ssl statistics
-string subprocess tempfile textwrap tokenize traceback typing unittest urllib uuid weakref zipfile
+argparse ast asyncio base64 concurrent contextlib ctypes dataclasses datetime decimal dis email
+fractions getopt getpass hashlib http importlib.metadata importlib.util inspect ipaddress json
+locale logging multiprocessing optparse pathlib pickle pkgutil platform queue random re shlex shutil
+ssl statistics string subprocess tempfile textwrap tokenize traceback typing unittest urllib uuid
+weakref zipfile
 """
 
 
-def modules_of(*words: str) -> set[str]:
-    """The modules that a run of our command line imports, beyond those of Python itself."""
+def modules_of(*words: str, first: str = "pass") -> set[str]:
+    """The modules that a run of our command line imports, beyond those of Python itself.
+
+    `first`: a statement to begin with.
+    """
     code = (
         f"import sys; sys.path[:0] = {sys.path!r}; before = set(sys.modules);"
+        f" {first};"
         " from pynbdkit.cli.main import main;"
         " status = main(sys.argv[1:]); after = set(sys.modules);"
         " print(*sorted(after - before), file=sys.stderr); sys.exit(status)"
@@ -609,6 +614,7 @@ def modules_of(*words: str) -> set[str]:
 def test_version_imports_next_to_nothing() -> None:
     assert modules_of("--version") <= {
         "__future__",
+        "gc",
         "pynbdkit",
         "pynbdkit._version",
         "pynbdkit.cli",
@@ -634,6 +640,44 @@ def test_serving_imports_nothing_heavy() -> None:
     assert "pynbdkit.server.transmission" in found
     assert found & set(HEAVY.split()) == set()
     assert not [name for name in found if name.startswith("pynbdkit.client")]
+
+
+STANDARD = "errno gc mmap os select signal socket struct threading time"
+"""What a server cannot do without; each brings others, which differ from Python to Python."""
+
+
+def test_a_server_without_clients_imports_the_least() -> None:
+    """As for `--run true`: what serves a client is not loaded before there is one, or leisure."""
+    code = f"import sys, {STANDARD.replace(' ', ', ')}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True
+    )
+    never = "import pynbdkit.server.server as server; server.LEISURE = 60_000"
+    found = modules_of("-U", "-", "memory", "1M", "--run", "true", first=never)
+    others = {name for name in found if not name.startswith("pynbdkit")} - {"__future__"}
+    assert others <= set(done.stdout.split())
+    assert "pynbdkit.plugins.memory" in found
+    assert not found & {"pynbdkit.server.connection", "pynbdkit.cli.system"}
+
+
+def test_what_serves_a_client_is_loaded_before_one_comes() -> None:
+    """So an upgrade of the package does not hit a server that has waited long for its first."""
+    assert "pynbdkit.server.connection" in modules_of("-U", "-", "null", "--run", "sleep 0.3")
+
+
+def test_the_collector_is_back_when_plugins_are_loaded(tmp_path: Path) -> None:
+    """The start does without it; and the end leaves nobody's exit handlers out."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, gc, sys\n"
+        "def open(readonly): return 1\n"
+        "def get_size(h): return 512\n"
+        "def pread(h, count, offset): return bytes(count)\n"
+        "def get_ready(): print(gc.isenabled(), flush=True)\n"
+        "atexit.register(print, 'at exit')\n"
+    )
+    done = pynbdkit("-U", "-", script, "--run", "exit 3")
+    assert (done.stdout.split("\n"), done.returncode) == (["True", "at exit", ""], 3), done.stderr
 
 
 def test_the_package_imports_nothing_of_its_own() -> None:

@@ -10,12 +10,14 @@ import os
 import random
 import re
 import resource
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from types import ModuleType
 from typing import Any
 
@@ -344,6 +346,103 @@ def test_lost_for_real(
             assert fails(nbd, handle.pwrite, b"x", 0, nbd.CMD_FLAG_FUA) == "EIO"
 
 
+# -- syncs that are shared -------------------------------------------------------------------------
+
+
+class SlowDisk:
+    """fdatasync of this process: it has begun when it says so, and ends when it is told how."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._begun: SimpleQueue[None] = SimpleQueue()
+        self._ends: SimpleQueue[OSError | None] = SimpleQueue()
+        self.count = 0
+        monkeypatch.setattr(os, "fdatasync", self._fdatasync)
+
+    def _fdatasync(self, fd: int) -> None:
+        self.count += 1
+        self._begun.put(None)
+        failure = self._ends.get(timeout=30)
+        if failure is not None:
+            raise failure
+
+    def begins(self) -> None:
+        """Wait for a sync to begin."""
+        self._begun.get(timeout=30)
+
+    def end(self, number: int = 0) -> None:
+        """Let it end; number: an errno, to fail with."""
+        self._ends.put(OSError(number, os.strerror(number)) if number else None)
+
+
+def wait(client: Any, cookie: int) -> None:
+    """Wait for the answer. Raises nbd.Error for an error."""
+    while not client.aio_command_completed(cookie):
+        client.poll(30_000)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_flush_is_not_answered_by_a_sync_that_runs(
+    same: bool, server: pynbdkit.RunningServer, connect: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A write that is answered while the sync of a first flush runs, and then a second flush."""
+    disk = SlowDisk(monkeypatch)
+    first = connect(server)
+    second = first if same else connect(server)
+    early = first.aio_flush()
+    disk.begins()
+    second.pwrite(b"x" * 512, 0)
+    late = second.aio_flush()
+    second.pread(512, 0)  # so the server has the flush, too, and it holds up nothing
+    disk.end()
+    wait(first, early)
+    disk.begins()  # another one
+    second.pread(512, 0)
+    assert not second.aio_command_completed(late)
+    disk.end()
+    wait(second, late)
+    assert disk.count == 2
+
+
+def test_all_who_wait_are_told_of_the_failure(
+    nbd: ModuleType, server: pynbdkit.RunningServer, connect: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Whether their flush waited for the sync that failed, or for the one after it."""
+    disk = SlowDisk(monkeypatch)
+    clients = [connect(server) for _ in range(6)]
+    cookies = [clients[0].aio_flush()]
+    disk.begins()
+    cookies += [client.aio_flush() for client in clients[1:]]
+    disk.end(errno.EIO)
+    for client, cookie in zip(clients, cookies, strict=True):
+        assert fails(nbd, wait, client, cookie) == "EIO"
+    assert disk.count == 1, "after a failure nothing is tried again"
+
+
+def test_many_flushes_take_few_syncs(
+    nbd: ModuleType, disk: Path, sockdir: Path, connect: Callable[..., Any]
+) -> None:
+    """Eight connections with six flushes each in flight, on a disk that takes 20 ms to sync."""
+    trace, pidfile = sockdir / "trace", sockdir / "pid"
+    command = [
+        support.program("strace"), "-f", "-o", str(trace), "-e", "trace=fdatasync",
+        "-e", "inject=fdatasync:delay_enter=20000",
+        sys.executable, "-m", "pynbdkit", "-P", str(pidfile),
+    ]  # fmt: skip
+    server = support.ServerProcess(sockdir, ["file", disk], command)
+    clients = [connect(server) for _ in range(8)]
+    cookies = [(client, client.aio_flush()) for client in clients for _ in range(6)]
+    for client, cookie in cookies:
+        wait(client, cookie)
+    clients[0].pwrite(b"x", 0)
+    clients[0].flush()
+    os.kill(int(pidfile.read_text()), signal.SIGTERM)
+    assert server.process.wait(30) == 0  # strace has written all of it
+    count = trace.read_text().count("fdatasync(")
+    assert 2 <= count <= len(cookies) // 3
+
+
 # -- descriptors -----------------------------------------------------------------------------------
 
 
@@ -415,14 +514,60 @@ def test_the_stock_grows_only_while_nothing_is_synced(
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(stable.sync)
         assert started.wait(30)
-        second = pool.submit(stable.sync)
+        second = pool.submit(stable.write_through, memoryview(b"x"), 0)
         while not stable._growing.locked():
             time.sleep(0.001)
         go_on.set()
-        for future in (first, second):
-            with pytest.raises(OSError, match="lost"):
+        for future, said in ((first, "^.Errno 5. lost"), (second, "an earlier sync")):
+            with pytest.raises(OSError, match=said):
                 future.result(30)
     assert opened
+
+
+class WatchedStock:
+    """The idle descriptors; says when somebody waits for one."""
+
+    def __init__(self, stock: Any) -> None:
+        self.get_nowait, self.put = stock.get_nowait, stock.put
+        self.waited_for = threading.Event()
+        self._stock = stock
+
+    def get(self) -> int:
+        self.waited_for.set()
+        return self._stock.get()  # type: ignore[no-any-return]
+
+
+def test_a_descriptor_does_not_tell_twice(
+    stable: StableFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flush waits for the one descriptor, whose write with FUA is told of a lost page."""
+    monkeypatch.setattr(stable, "_most", 1)
+    started, go_on = threading.Event(), threading.Event()
+    synced: list[int] = []
+
+    def lose(fd: int, *_: Any) -> int:
+        started.set()
+        assert go_on.wait(30)
+        raise OSError(errno.EIO, "lost")
+
+    def sync(fd: int) -> None:  # the kernel tells each descriptor once: here, the witness
+        synced.append(fd)
+        if fd == stable._witness and synced.count(fd) == 1:
+            raise OSError(errno.EIO, "lost")
+
+    monkeypatch.setattr(os, "pwritev", lose)
+    monkeypatch.setattr(os, "fdatasync", sync)
+    with ThreadPoolExecutor(2) as pool:
+        write = pool.submit(stable.write_through, memoryview(b"x"), 0)
+        assert started.wait(30)
+        stock = WatchedStock(stable._idle)
+        monkeypatch.setattr(stable, "_idle", stock)
+        flush = pool.submit(stable.sync)
+        assert stock.waited_for.wait(30)
+        go_on.set()
+        for future in (write, flush):
+            with pytest.raises(OSError, match="lost"):
+                future.result(30)
 
 
 def test_without_descriptors_of_its_own(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

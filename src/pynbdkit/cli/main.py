@@ -5,6 +5,7 @@ Nothing is imported before it is needed: ``pynbdkit --version`` is about as quic
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from .._version import __version__
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 def run() -> None:
     """The console command: `main` on this process's arguments."""
+    gc.disable()  # what the start makes stays: looking for garbage finds none (see `_load`)
     status = main(sys.argv[1:])
     for fd, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
@@ -26,6 +28,7 @@ def run() -> None:
                 stream.flush()
         except (OSError, ValueError):
             _discard(fd)  # nobody can be told, and the exit status is to be ours
+    gc.freeze()  # nor does it pay at the end: the system takes all of it back at once
     sys.exit(status)
 
 
@@ -136,6 +139,8 @@ def _load(line: CommandLine) -> Chain:
     from ..chain import Chain
     from ..loader import load_filter, load_plugin
 
+    gc.freeze()
+    gc.enable()
     assert line.plugin is not None
     filters = [load_filter(name) for name in line.filter]
     return Chain(load_plugin(line.plugin, line.plugin_path), filters)

@@ -72,11 +72,8 @@ def lock_memory(user: str | None = None) -> None:
 
 
 @contextmanager
-def socket_label(label: str | None) -> Iterator[None]:
+def socket_label(label: str) -> Iterator[None]:
     """Sockets that this thread makes meanwhile have this SELinux label. Raises ConfigError."""
-    if label is None:
-        yield
-        return
     import ctypes
 
     try:

@@ -7,7 +7,6 @@ import socket
 
 from ..errors import ConfigError
 from ..server.listen import listen_tcp, listen_unix, listen_vsock
-from .system import socket_label
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -91,8 +90,13 @@ class Where:
         if self._activated:
             self._found(self._activated)
             return self._activated
-        with socket_label(self._line.selinux_label):
+        if self._line.selinux_label is None:
             sockets = self._listen(identity)
+        else:
+            from .system import socket_label
+
+            with socket_label(self._line.selinux_label):
+                sockets = self._listen(identity)
         self._found(sockets)
         return sockets
 

@@ -12,6 +12,13 @@ of that descriptor, and then forgets it: the next sync succeeds though the data 
   as before, or a lost page? A second descriptor, the witness, which nothing else ever syncs, is
   asked: its sync fails if and only if the kernel lost something.
 
+Syncs of the whole file (a flush, a group of writes with FUA, a trim or zero with FUA) are shared
+by those who want one at the same time (`_sync.py`): one call, on one descriptor, so there is one
+report, and all for whom the call was get it. It is noted in `failure` before anybody is told and
+before the next sync looks there, so nobody who comes later can slip through in between. All
+descriptors of the stock began to listen before anything was written, or while no sync ran and none
+had failed: whichever is taken, it tells what was lost since.
+
 See fsync(2), "ERRORS" and "NOTES", and pwritev2(2), "RWF_DSYNC".
 """
 
@@ -22,6 +29,8 @@ import os
 import stat
 import threading
 from queue import Empty, SimpleQueue
+
+from ._sync import SharedSync
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,6 +80,8 @@ class StableFile:
         self.users = 0
         self.dirty = 0
         """About how many bytes a sync of the whole file would have to write (see `group`)."""
+        self.sync = SharedSync(self._sync)
+        """Returns when all that was written to the file is stable. Raises OSError."""
         self._dsync = bool(_RWF_DSYNC)
         self._idle: SimpleQueue[int] = SimpleQueue()
         self._count = 0
@@ -91,19 +102,10 @@ class StableFile:
                 " mend the cause, check the data, then restart the server",
             )
 
-    def sync(self) -> None:
-        """Return when all that was written to the file is stable. Raises OSError."""
-        fd = self._borrow()
-        self.dirty = 0
-        try:
-            self._fdatasync(fd)
-        finally:
-            self._idle.put(fd)
-
     def sync_reader(self, fd: int) -> None:
         """As `sync`, for a connection that reads only, with its own descriptor."""
-        self.check()
         with self._reading:
+            self.check()  # now: `fd` may share its reports with another reader's
             self._fdatasync(fd)
 
     def write_through(self, buf: Buffer, offset: int) -> None:
@@ -114,9 +116,9 @@ class StableFile:
             if self._dsync and self._write_dsync(fd, buf, offset):
                 return
             write_all(fd, buf, offset)
-            self._fdatasync(fd)
         finally:
             self._idle.put(fd)
+        self.sync()
 
     def group(self) -> bool:
         """Whether several writes with FUA are cheaper as plain writes and one sync of the file.
@@ -128,6 +130,14 @@ class StableFile:
         return self.dirty <= FEW_DIRTY or not self._dsync
 
     # -- how it is done --------------------------------------------------------------------------
+
+    def _sync(self) -> None:
+        fd = self._borrow()
+        self.dirty = 0
+        try:
+            self._fdatasync(fd)
+        finally:
+            self._idle.put(fd)
 
     def _fdatasync(self, fd: int) -> None:
         try:
@@ -176,12 +186,16 @@ class StableFile:
         """A descriptor that no other sync uses; to be put back into `_idle`, after `_fail`."""
         self.check()
         try:
-            return self._idle.get_nowait()
+            fd = self._idle.get_nowait()
         except Empty:
-            pass
-        if self._count < self._most:
-            self._grow()
-        return self._idle.get()
+            if self._count < self._most:
+                self._grow()
+            fd = self._idle.get()
+        if self.failure:
+            # It came while we waited, perhaps of this very descriptor, which will not tell twice.
+            self._idle.put(fd)
+            self.check()
+        return fd
 
     def _grow(self) -> None:
         """Double the stock.

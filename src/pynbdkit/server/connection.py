@@ -5,7 +5,6 @@ Runs in a thread of its own. Whatever goes wrong in it ends this connection only
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import struct
 import threading
@@ -13,7 +12,7 @@ import time
 
 from .. import log
 from ..errors import OpenError, PynbdkitError
-from ..flags import CacheMode, Fua, ThreadModel, ZeroMode
+from ..flags import CacheMode, Fua, ZeroMode
 from ..protocol.constants import (
     CONTEXT_BASE,
     CONTEXT_BASE_ALLOCATION,
@@ -41,7 +40,6 @@ from .transmission import Transmission
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from contextlib import AbstractContextManager
     from typing import Any, TypeVar
 
     from ..complete import Layer
@@ -214,14 +212,18 @@ class Connection:
         else:
             if self._negotiation is not None:
                 self._negotiation.begin_shutdown()
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RD)
+            self._shut(socket.SHUT_RD)
 
     def kill(self) -> None:
         """End at once (from any thread)."""
         self._ending = self._killed = True
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        self._shut(socket.SHUT_RDWR)
+
+    def _shut(self, how: int) -> None:
+        try:
+            self._sock.shutdown(how)
+        except OSError:
+            pass  # the client was quicker
 
     @property
     def waits_for_client(self) -> bool:
@@ -347,14 +349,3 @@ def _security(sock: socket.socket) -> str | None:
     except (AttributeError, OSError):  # two pipes, or a system without labels
         return None
     return label.rstrip(b"\0").decode(errors="surrogateescape")
-
-
-def needs_lock(thread_model: int) -> tuple[AbstractContextManager[Any], Any, Any]:
-    """The locks of a thread model: (connection, request or None, control)."""
-    nothing = contextlib.nullcontext()
-    if thread_model == ThreadModel.SERIALIZE_CONNECTIONS:
-        return threading.Lock(), None, nothing
-    if thread_model == ThreadModel.SERIALIZE_ALL_REQUESTS:
-        lock = threading.RLock()
-        return nothing, lock, lock
-    return nothing, None, nothing

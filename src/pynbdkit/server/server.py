@@ -16,27 +16,53 @@ import threading
 import time
 
 from .. import log
+from ..flags import ThreadModel
 from ..session import stops
 from .carousel import Carousel
-from .connection import Connection, needs_lock
 from .listen import tune
 from .watch import Watch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+    from typing import Any
 
     from ..chain import Chain
     from ..tls import Credentials
+    from .connection import Connection
 
 SLICE = 0.1
 """Seconds between looks for a signal, while connections end; and between two attempts to accept,
 where the system refuses: a connection that ends makes room, and networks come back."""
+LEISURE = 5
+"""Milliseconds without a client, after the start, until what clients need is loaded."""
 QUIET = 10.0
 """Seconds in which the same trouble with accepting clients is not said again."""
 STOP_PATIENCE = 10.0
 """Seconds that clients get, after `stop`, to take the replies that are due. Requests that run are
 waited for, however long they take."""
+
+
+class _NoLock:
+    """In place of a lock, where none is needed."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _locks(thread_model: int) -> tuple[AbstractContextManager[Any], Any, Any]:
+    """The locks of a thread model: (connection, request or None, control)."""
+    nothing = _NoLock()
+    if thread_model == ThreadModel.SERIALIZE_CONNECTIONS:
+        return threading.Lock(), None, nothing
+    if thread_model == ThreadModel.SERIALIZE_ALL_REQUESTS:
+        lock = threading.RLock()
+        return nothing, lock, lock
+    return nothing, None, nothing
 
 
 class Server:
@@ -77,7 +103,7 @@ class Server:
         self.tls = tls
         self.credentials = credentials
         self.thread_model = chain.thread_model()
-        self.connection_lock, self.request_lock, self.control_lock = needs_lock(self.thread_model)
+        self.connection_lock, self.request_lock, self.control_lock = _locks(self.thread_model)
         self.watch = Watch()
         self.carousel = Carousel()
         self.stopping = threading.Event()
@@ -216,9 +242,15 @@ class Server:
         for listener in self._listeners:
             listener.setblocking(False)
             poll.register(listener, select.POLLIN)
+        leisure: int | None = LEISURE
         while not self._asked:
             self._reload_if_asked()
-            for fd, _ in poll.poll():
+            ready = poll.poll(leisure)
+            if not ready:  # nobody waits, and --run's command is none that ends at once
+                from . import connection  # noqa: F401 (so that the first client need not wait)
+
+                leisure = None
+            for fd, _ in ready:
                 if fd == self._wake_read:
                     os.read(fd, 4096)  # of a signal that did not stop us, perhaps
                 elif not self._accept(by_fd[fd]):
@@ -264,6 +296,8 @@ class Server:
 
     def _admit(self, sock: socket.socket) -> Connection:
         self._count += 1
+        from .connection import Connection  # after the start: see `_accept_all`
+
         connection = Connection(self, sock, self._count)
         with self._none_left:
             self._connections.add(connection)
