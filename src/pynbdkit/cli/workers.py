@@ -435,7 +435,6 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             channel.close()
         self._workers.append(_Worker(number, pid, link))
-        log.debug(f"worker {number} is process {pid}")
 
     def _be_a_worker(self, link: socket.socket, channel: Channel) -> None:
         """The child's part: it does not return."""
@@ -492,6 +491,7 @@ class Supervisor:
     def _told(self, worker: _Worker, kind: bytes, rest: bytes) -> None:
         if kind == handover.READY:
             worker.ready = True
+            log.debug(f"worker {worker.number} is ready: process {worker.pid}")
         elif kind == handover.FAILED:
             worker.failure = rest.decode(errors="replace")
         elif kind == handover.SHUTDOWN:
