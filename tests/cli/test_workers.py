@@ -193,6 +193,11 @@ def test_disks_that_do_not_change(words: tuple[str, ...], serve: Serve, connect:
         assert len({bytes(handle.pread(4096, 4096)) for handle in handles}) == 1
 
 
+def shared_kilobytes(pid: int) -> int:
+    """What a process has mapped of memory that it shares."""
+    return int(status_of(pid)["RssShmem"].split()[0])
+
+
 def test_trim_gives_shared_memory_back(serve: Serve, connect: Connect) -> None:
     """Also what others have written; and nothing was reserved before."""
     server = serve("--workers=2", "memory", "1T")
@@ -200,7 +205,7 @@ def test_trim_gives_shared_memory_back(serve: Serve, connect: Connect) -> None:
     one, two = connect(server), connect(server)
 
     def kilobytes() -> list[int]:
-        return [int(status_of(pid)["RssShmem"].split()[0]) for pid in pids]
+        return [shared_kilobytes(pid) for pid in pids]
 
     before = kilobytes()
     for at in range(0, 32 * MIB, MIB):
@@ -211,6 +216,22 @@ def test_trim_gives_shared_memory_back(serve: Serve, connect: Connect) -> None:
     one.zero(32 * MIB, 1 << 38)
     assert all(now < then + 2000 for now, then in zip(kilobytes(), before, strict=True))
     assert one.pread(512, 1 << 39) == two.pread(512, 1 << 38) == bytes(512)
+
+
+def test_reading_what_nobody_has_written_takes_no_memory(serve: Serve, connect: Connect) -> None:
+    """Shared memory gets a page where it is only looked at."""
+    server = serve("--workers=2", "memory", "1T")
+    pids = workers_of(server)
+    one, two = connect(server), connect(server)
+    before = [shared_kilobytes(pid) for pid in pids]
+    two.pwrite(b"x" * 65536, MIB)
+    for at in range(0, 64 * MIB, 8 * MIB):
+        expected = bytearray(8 * MIB)
+        if at == 0:
+            expected[MIB : MIB + 65536] = b"x" * 65536
+        assert one.pread(8 * MIB, at) == expected
+        assert two.pread(4096, at) == bytes(4096)
+    assert all(shared_kilobytes(pid) < then + 2000 for pid, then in zip(pids, before, strict=True))
 
 
 def test_copies_over_many_connections(serve: Serve, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from ..extents import HOLE, ZERO, Extent
 from ..flags import CacheMode, Flag, Fua
 from ..parse import parse_bool
 from ..plugin import Plugin
+from ._zeros import zeros
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -293,6 +294,31 @@ class MemoryDevice(RamDevice):
 
 class SharedMemoryDevice(MemoryDevice):
     """A connection's view of a disk that several processes serve."""
+
+    def pread(self, count: int, offset: int, flags: int) -> Buffer:
+        """The memory itself, without a copy, where there is any.
+
+        To look at shared memory that nobody has written to would give it pages, which a private
+        mapping needs for writing alone.
+        """
+        if self._disk.sparse:
+            written = self._written
+            first, last = offset >> CHUNK_BITS, (offset + count - 1) >> CHUNK_BITS
+            if first == last:
+                if not written[first]:
+                    return zeros(count)
+            elif written.find(b"\0", first, last + 1) >= 0:
+                return self._gather(count, offset)
+        return self._view[offset : offset + count]
+
+    def _gather(self, count: int, offset: int) -> Buffer:
+        result = bytearray(count)
+        for start, length, kind in self.extents(count, offset, 0):
+            if kind == 0:
+                result[start - offset : start - offset + length] = self._view[
+                    start : start + length
+                ]
+        return result
 
     def pwrite(self, buf: Buffer, offset: int, flags: int) -> None:
         """Write, noted before as well: this process may be killed meanwhile."""
