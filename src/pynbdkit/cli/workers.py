@@ -211,6 +211,8 @@ class Supervisor:
         """
         if self._captive is not None:
             self._captive.let_run()
+            self._child_ended = True  # it may have been killed while it waited
+            self._wake()
         try:
             while True:
                 if self._asked and not self._stopping:
