@@ -30,6 +30,7 @@ import pytest
 import support
 from acknowledged import SLOT, Writer
 from block_device import mounted, needs
+from command import wait_for_end
 from system_calls import CALLS, Trace
 
 Serve = Callable[..., support.ServerProcess]
@@ -40,6 +41,7 @@ HONEST: dict[str, tuple[str, ...]] = {
     "file": ("file", "{disk}"),
     "file, FUA by flush": ("--filter=fua", "file", "{disk}", "fuamode=emulate"),
     "file, in threads": ("--filter=delay", "file", "{disk}", "wdelay=1ms"),
+    "file, in several processes": ("--workers=2", "file", "{disk}"),
 }
 TRACED = HONEST | {"cow": ("--filter=cow", "file", "{disk}")}
 PROMISES = {
@@ -82,7 +84,7 @@ def test_killed(
     make_disk(disk)
     server = serve(*words(HONEST[path], disk))
     writer = Writer(nbd, [connect(server) for _ in range(3)], SLOTS, seed=requests)
-    writer.run(requests, at_half=server.process.kill)
+    writer.run(requests, at_half=lambda: kill(server))
     assert server.stop() == -signal.SIGKILL
     assert len(writer.promised) > requests // 8
     assert not lost(disk, writer)
@@ -140,6 +142,21 @@ def test_a_reply_before_the_sync_would_be_seen(
 # -- the power fails -------------------------------------------------------------------------------
 
 
+def kill(server: support.ServerProcess) -> None:
+    """End a server and its workers (--workers) at once; none of these is replaced meanwhile."""
+    pid = server.process.pid
+    os.kill(pid, signal.SIGSTOP)
+    workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    pidfds = [os.pidfd_open(int(worker)) for worker in workers]
+    for fd in pidfds:
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+    for fd in pidfds:
+        assert wait_for_end(fd)
+        os.close(fd)
+    server.process.kill()
+    server.process.wait()
+
+
 class Machine:
     """A filesystem with a disk on it, on a device of its own: an image."""
 
@@ -165,8 +182,7 @@ class Machine:
             writer = Writer(self._nbd, clients, SLOTS, seed, kinds)
 
             def cut() -> None:
-                server.process.kill()
-                server.process.wait()
+                kill(server)
                 support.run("cp", "--sparse=always", image, after)
 
             writer.run(1600, at_half=cut)

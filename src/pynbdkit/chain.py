@@ -18,7 +18,7 @@ from .complete import Layer
 from .device import Device
 from .errors import ConfigError, OpenError
 from .filter import FilterDevice
-from .flags import ThreadModel
+from .flags import THREAD_MODEL_NAMES, ThreadModel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -80,12 +80,36 @@ class Chain:
                 )
         return min(layer.thread_model for layer in self.layers)
 
-    def get_ready(self) -> None:
-        """Call `get_ready`, the plugin first, before the server forks."""
+    def check_workers(self) -> None:
+        """Raise ConfigError where a layer cannot be served by several processes (--workers)."""
+        for layer in self.layers:
+            what = f"{'plugin' if layer is self.plugin else 'filter'} {layer.name}"
+            if not isinstance(layer.forkable, bool):
+                raise ConfigError(
+                    f"{layer.name}: forkable is {layer.forkable!r:.40}, not True or False"
+                )
+            if not layer.forkable:
+                raise ConfigError(
+                    f"--workers: the {what} is for one process (it is not declared forkable):"
+                    " leave --workers out"
+                )
+            if layer.thread_model <= ThreadModel.SERIALIZE_ALL_REQUESTS:
+                raise ConfigError(
+                    f"--workers: the {what} wants {THREAD_MODEL_NAMES[layer.thread_model]}, which"
+                    " several processes cannot keep: leave --workers out"
+                )
+
+    def get_ready(self, workers: int = 1) -> None:
+        """Call `get_ready`, the plugin first, before the server forks.
+
+        `workers`: how many processes will serve.
+        """
         model = self.thread_model()
         for filter in self.filters:
             filter.chain_thread_model = model
         for layer in reversed(self.layers):
+            if workers > 1:
+                layer.worker_count = workers
             layer.get_ready()
 
     def after_fork(self) -> None:

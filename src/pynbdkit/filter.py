@@ -42,6 +42,11 @@ class Filter(Configurable):
     """Whether its own code may wait: True (delay), False (most filters: nothing is added)."""
     chain_thread_model: int = ThreadModel.PARALLEL
     """What all layers together came to; set by the server before `get_ready`."""
+    forkable: bool = False
+    """As `Plugin.forkable`: whether the filter does what it should in several processes that know
+    nothing of each other's connections. Not if it counts or numbers them, say."""
+    worker_count: int = 1
+    """As `Plugin.worker_count`."""
 
     def load(self) -> None:
         """Called once, first."""

@@ -29,6 +29,13 @@ class Plugin(Configurable):
     """How many requests at a time its devices stand; read after config_complete."""
     blocking: bool | None = None
     """As `Device.blocking`, for all devices of this plugin."""
+    forkable: bool = False
+    """Whether several processes may serve the disk (--workers): all that its connections share
+    lives in the kernel (a file) or in shared memory, so that what one process has written, or
+    flushed, is written and flushed for all. Read after config_complete."""
+    worker_count: int = 1
+    """How many processes will serve; set by the server before `get_ready`, which runs once, before
+    they are forked. `after_fork` and `cleanup` run in each."""
 
     def load(self) -> None:
         """Called once, first."""
@@ -98,7 +105,7 @@ class Plugin(Configurable):
             if isinstance(value, type) and issubclass(value, Device) and value is not Device:
                 found |= {name for name in vars(value) if callable(getattr(value, name))}
         order = [*vars(Plugin), *vars(Device), "pwrite_fua", "trim_fua", "zero_fua"]
-        own = ("callbacks",)
+        own = ("callbacks", "forkable")
         return [
             name
             for name in order

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import random
 import subprocess
 from collections import Counter
 from collections.abc import Callable
@@ -293,3 +294,16 @@ def test_keys_are_those_of_the_manual_page() -> None:
     assert set(ErrorFilter._declared) == expected
     for key in ("error-cache", "error-extents-file", "error-zero-rate"):
         assert nbdkit_takes(f"{key}={'1' if 'rate' in key else 'EIO'}")
+
+
+def test_workers_do_not_all_fail_the_same_requests() -> None:
+    """A copy of one generator in each would."""
+    draws = []
+    for workers in (1, 2, 2):
+        filter = ErrorFilter(error_rate="10%")
+        filter.random.seed(1)
+        filter.worker_count = workers
+        filter.after_fork()
+        draws.append(filter.random.random())
+    assert len(set(draws)) == 3
+    assert draws[0] == random.Random(1).random()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import pynbdkit
 from pynbdkit.chain import Chain
 from pynbdkit.complete import Layer
+from pynbdkit.plugins.memory import MappedDisk, SharedDisk
 from pynbdkit.session import Session
 from support import ServerProcess, run
 from support import pynbdkit as command
@@ -21,11 +22,11 @@ from support import pynbdkit as command
 CHUNK = 1 << 16
 
 
-def opened(**config: str) -> Layer:
+def opened(workers: int = 1, **config: str) -> Layer:
     chain = Chain(pynbdkit.load_plugin("memory", **config))
     chain.load()
     chain.complete()
-    chain.get_ready()
+    chain.get_ready(workers)
     return chain.open(Session())
 
 
@@ -156,6 +157,7 @@ SIZE = 5 * CHUNK + 1000
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(["sparse", "malloc"]),
+    st.sampled_from([1, 2]),
     st.lists(
         st.tuples(
             st.sampled_from(["write", "trim", "zero", "zero_hole"]),
@@ -166,8 +168,8 @@ SIZE = 5 * CHUNK + 1000
         max_size=12,
     ),
 )
-def test_it_is_a_disk(allocator: str, steps: list[tuple[str, int, int, int]]) -> None:
-    layer = opened(size=str(SIZE), allocator=allocator)
+def test_it_is_a_disk(allocator: str, workers: int, steps: list[tuple[str, int, int, int]]) -> None:
+    layer = opened(workers, size=str(SIZE), allocator=allocator)
     model = bytearray(SIZE)
     for what, offset, length, byte in steps:
         count = min(length, SIZE - offset)
@@ -186,3 +188,56 @@ def test_it_is_a_disk(allocator: str, steps: list[tuple[str, int, int, int]]) ->
         if extent.type:
             assert not any(model[extent.offset : position])
     assert position == SIZE
+
+
+@pytest.mark.parametrize("kind", [MappedDisk, SharedDisk])
+def test_locked_memory_is_zeroed_where_it_cannot_be_given_back(kind: type[MappedDisk]) -> None:
+    """With --swap the kernel refuses to give pages back: the disk is zeros all the same."""
+    disk = kind(4 * CHUNK, True, True)
+    device = disk.device()
+    device.pwrite(memoryview(b"x" * 4 * CHUNK), 0, 0)
+    device.trim(2 * CHUNK, CHUNK, 0)
+    assert device.pread(4 * CHUNK, 0, 0) == b"x" * CHUNK + bytes(2 * CHUNK) + b"x" * CHUNK
+    assert [kind for _, _, kind in device.extents(4 * CHUNK, 0, 0)] == [0, 3, 0]
+
+
+def test_a_process_that_is_killed_leaves_nothing_that_is_not_noted() -> None:
+    """Else a later zero of a part of it would find nothing to do, and leave the data."""
+    disk = SharedDisk(4 * CHUNK, True, False)
+    device = disk.device()
+
+    class Killed(BaseException):
+        pass
+
+    class View:
+        def __setitem__(self, where: slice, what: bytes) -> None:
+            disk.view[where] = what
+            raise Killed
+
+    device._view = View()  # type: ignore[assignment]
+    with pytest.raises(Killed):
+        device.pwrite(memoryview(b"x" * 100), CHUNK, 0)
+    other = disk.device()
+    other.zero(50, CHUNK, pynbdkit.Flag.MAY_TRIM)
+    assert other.pread(100, CHUNK, 0) == bytes(50) + b"x" * 50
+
+    class Map:
+        """Of one that is killed when it has given memory back for the `times`-th time."""
+
+        def __init__(self, times: int) -> None:
+            self.times = times
+
+        def madvise(self, *arguments: int) -> None:
+            disk_map.madvise(*arguments)
+            self.times -= 1
+            if not self.times:
+                raise Killed
+
+    disk_map = disk.map
+    for times in (1, 2):
+        other.pwrite(memoryview(b"y" * CHUNK), 0, 0)
+        disk.map = Map(times)  # type: ignore[assignment]
+        with pytest.raises(Killed):
+            other.trim(CHUNK, 0, 0)
+        disk.map = disk_map
+        assert disk.view[:CHUNK] == bytes(CHUNK)

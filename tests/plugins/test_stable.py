@@ -29,6 +29,7 @@ from pynbdkit import fallocate
 from pynbdkit.plugins import _stable
 from pynbdkit.plugins._stable import MOST_DESCRIPTORS, StableFile, StableFiles
 from pynbdkit.plugins.file import FilePlugin
+from pynbdkit.session import Session
 
 SIZE = 1 << 20
 
@@ -650,3 +651,85 @@ def test_many_fua_writes_at_once(
             while client.aio_in_flight() and (cookie := client.aio_peek_command_completed()) > 0:
                 assert client.aio_command_completed(cookie)
     assert disk.read_bytes() == model
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+
+def test_what_one_process_learns_is_for_all(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for one that opens the file afterwards, whose descriptors the kernel tells nothing."""
+    files = StableFiles()
+    files.share()
+    other = disk.parent / "other"
+    other.write_bytes(bytes(4096))
+    fds = [os.open(path, os.O_RDWR) for path in (disk, other)]
+    infos = [os.fstat(fd) for fd in fds]
+    before = files.acquire(fds[0], infos[0], True)
+    before.sync()
+    pid = os.fork()
+    if pid == 0:  # pragma: no cover
+        status = 1
+        try:
+            mine = files.acquire(fds[0], infos[0], True)
+            monkeypatch.setattr(os, "fdatasync", lambda fd: (_ for _ in ()).throw(OSError(5, "ö")))
+            try:
+                mine.sync()
+            except OSError:
+                status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+    after = files.acquire(fds[0], infos[0], True)
+    for file in (before, after):
+        for attempt in (file.sync, lambda file=file: file.write_through(memoryview(b"x"), 0)):
+            with pytest.raises(OSError, match=r"earlier sync of this file failed \(ö\)"):
+                attempt()
+    innocent = files.acquire(fds[1], infos[1], True)
+    innocent.sync()
+    for file, info in ((before, infos[0]), (after, infos[0]), (innocent, infos[1])):
+        files.release(file, info)
+    for fd in fds:
+        os.close(fd)
+
+
+def test_a_failure_that_another_process_was_told_meanwhile(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our sync began before it was written down, with a descriptor that is too young to know."""
+    files = StableFiles()
+    files.share()
+    fd = os.open(disk, os.O_RDWR)
+    info = os.fstat(fd)
+    file = files.acquire(fd, info, True)
+    monkeypatch.setattr(
+        os, "fdatasync", lambda fd: StableFile(file._key, file._failures)._fail(OSError(5, "lost"))
+    )
+    with pytest.raises(OSError, match="earlier sync"):
+        file.sync()
+    monkeypatch.undo()
+    files.release(file, info)
+    os.close(fd)
+
+
+def test_a_descriptor_that_workers_would_share_is_refused(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel reports to one of them only."""
+    fd = os.open(disk, os.O_RDWR)
+    plugin = FilePlugin()
+    plugin.load()
+    plugin.config("fd", str(fd))
+    plugin.config_complete()
+    really = os.open
+
+    def refuse(path: Any, *rest: Any, **more: Any) -> int:
+        if str(path).startswith("/proc/self/fd/"):
+            raise PermissionError(13, "no /proc")
+        return really(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    plugin.open(Session()).close()
+    plugin.worker_count = 2
+    with pytest.raises(PermissionError):
+        plugin.open(Session())
+    os.close(fd)

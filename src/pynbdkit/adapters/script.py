@@ -221,6 +221,12 @@ class ScriptPlugin(Plugin):
                 self._thread_model = model
         return self._thread_model
 
+    @property
+    def forkable(self) -> bool:  # type: ignore[override]
+        """The script's variable of this name: whether several processes may serve its disk."""
+        declared: bool = self._names.get("forkable", False)
+        return declared
+
     def get_ready(self) -> None:
         """Call the script's function of this name."""
         self._step("get_ready")

@@ -136,11 +136,19 @@ class Background:
         os.chdir("/")
         _to_null(0, 1)
 
+    def leave(self) -> None:
+        """In a child of our own: it is not the one to tell."""
+        os.close(self._tell)
+
+    def drop_stderr(self) -> None:
+        """Let go of stderr, which is whoever's who started us."""
+        flush()
+        _to_null(2)
+
     def ready(self, keep_stderr: bool) -> None:
         """Tell the parent that clients can connect. Raises ConfigError where it has gone."""
         if not keep_stderr:
-            flush()
-            _to_null(2)
+            self.drop_stderr()
         try:
             os.write(self._tell, b"1")
         except OSError:
@@ -257,9 +265,21 @@ class Parent:
     def __init__(self) -> None:
         self._pid = os.getppid()
         try:
-            self._fd = os.pidfd_open(self._pid)
+            self.fd = os.pidfd_open(self._pid)
+            """Can be read when it has ended; -1 where only `has_ended` tells."""
         except (AttributeError, OSError):
-            self._fd = -1  # an old kernel, or another one than Linux
+            self.fd = -1  # an old kernel, or another one than Linux
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has."""
+        return os.getppid() != self._pid
+
+    def close(self) -> None:
+        """Forget about it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def watch(self) -> None:
         """Send ourselves SIGTERM when the parent has ended.
@@ -275,11 +295,11 @@ class Parent:
         import select
         import time
 
-        if self._fd >= 0:
+        if self.fd >= 0:
             poll = select.poll()
-            poll.register(self._fd, select.POLLIN)
-            while os.getppid() == self._pid:
+            poll.register(self.fd, select.POLLIN)
+            while not self.has_ended:
                 poll.poll()
-        while os.getppid() == self._pid:
+        while not self.has_ended:
             time.sleep(LOOK_AT_PARENT)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -89,22 +89,35 @@ class Captive:
 
     def go(self, ended: Callable[[], None]) -> None:
         """Let the command run; `ended` is called, in another thread, when it has ended."""
+        self.let_run()
+
+        def wait() -> None:
+            self._take(os.waitpid(self._pid, 0)[1])
+            ended()
+
+        threading.Thread(target=wait, name="run", daemon=True).start()
+
+    def let_run(self) -> None:
+        """Let the command run; `look` is to be called when a child has ended."""
         try:
             os.write(self._open_gate, b"\n")
         except OSError:
             pass  # a signal has ended the shell already
-        self._close_gate()
+        self.close_gate()
 
-        def wait() -> None:
-            _, status = os.waitpid(self._pid, 0)
-            code = os.waitstatus_to_exitcode(status)
-            if code < 0:
-                log.error(f"--run: the command was killed by signal {-code}")
-            self._status = code if code >= 0 else 128 - code
-            self._ended.set()
-            ended()
+    def look(self) -> bool:
+        """Whether the command has ended, for who has no thread to wait for it."""
+        pid, status = os.waitpid(self._pid, os.WNOHANG)
+        if pid:
+            self._take(status)
+        return bool(pid)
 
-        threading.Thread(target=wait, name="run", daemon=True).start()
+    def _take(self, status: int) -> None:
+        code = os.waitstatus_to_exitcode(status)
+        if code < 0:
+            log.error(f"--run: the command was killed by signal {-code}")
+        self._status = code if code >= 0 else 128 - code
+        self._ended.set()
 
     @property
     def has_ended(self) -> bool:
@@ -132,11 +145,13 @@ class Captive:
     def abandon(self) -> None:
         """The server cannot serve: the command does not run, or is told to end."""
         if self._open_gate >= 0:
-            self._close_gate()
+            self.close_gate()
             os.waitpid(self._pid, 0)
         else:
             self.stop()
 
-    def _close_gate(self) -> None:
+    def close_gate(self) -> None:
+        """Close our end of the gate: opened by no one, it lets nothing pass."""
         gate, self._open_gate = self._open_gate, -1
-        os.close(gate)
+        if gate >= 0:
+            os.close(gate)

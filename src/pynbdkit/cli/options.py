@@ -89,6 +89,7 @@ OPTIONS: Final = (
     Option("verbose", "-v --verbose", "", "print debug messages"),
     Option("version", "-V --version", "", "print the version and exit"),
     Option("vsock", "--vsock", "", "listen on a vsock port (-p), not a TCP port"),
+    Option("workers", "--workers", "N|auto", "processes that serve (default 1; 0, auto: per CPU)"),
 )
 REPEATED: Final = frozenset(("debug", "filter", "ipaddr", "plugin_path"))
 LAST_COUNTS: Final = (("ipv4", "ipv6"), ("newstyle", "oldstyle"))

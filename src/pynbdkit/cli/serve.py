@@ -2,8 +2,8 @@
 
 The order is the peer's: TLS's files → get_ready → sockets → background → memory locked →
 privileges dropped → after_fork → pidfile and URI → clients are served (nbdkit(1),
-nbdkit-service(1)). Until clients are served, what goes wrong is said on stderr, and the exit status
-is 1: also of a server in the background.
+nbdkit-service(1)). With --workers, these are forked before after_fork. Until clients are served,
+what goes wrong is said on stderr, and the exit status is 1: also of a server in the background.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from .where import Where, unix_mode
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from typing import Final
+    from collections.abc import Sequence
+    from typing import Any, Final
 
     from ..chain import Chain
     from .captive import Captive
     from .options import CommandLine
+    from .workers import Supervisor
 
 TIMEOUT: Final = 120.0
 """Seconds for a client's handshake: a person who types one has them, and what is forgotten or
@@ -61,6 +63,11 @@ class Service:
         self._activated = inherited()
         self._check_combination()
         self._threads = _number("--threads", line.threads, 16, 10_000)
+        self._workers = 1
+        if line.workers not in (None, "1"):
+            from .workers import number_of
+
+            self._workers = number_of(line.workers)
         self._timeout = _seconds("--timeout", line.timeout, TIMEOUT)
         if line.unix_mode is not None:
             unix_mode(line.unix_mode)  # a mistake is said early
@@ -100,6 +107,8 @@ class Service:
         for first, second in EXCLUDE_EACH_OTHER:
             if first in given and second in given:
                 raise UsageError(f"{first} and {second} exclude each other")
+        if line.single and line.workers not in (None, "1"):
+            raise UsageError("-s and --workers exclude each other: -s serves one client")
         if line.unix_mode is not None and line.unix is None:
             raise UsageError("--unix-mode is for a Unix socket: it needs -U")
 
@@ -107,38 +116,30 @@ class Service:
         """Serve to the end; returns the exit status. Raises what a step of the start raises."""
         line = self._line
         os.umask(0o022)
-        step(chain.name, "get_ready", chain.get_ready)
+        if line.workers not in (None, "1"):
+            chain.check_workers()  # also where there is one processor: elsewhere there are more
+        step(chain.name, "get_ready", lambda: chain.get_ready(self._workers))
         where = Where(line, self._activated, self._tls)
         captive: Captive | None = None
-        needs_cleanup = False
+        serving: OneProcess | Supervisor | None = None
         try:
             sockets = [] if self._client is not None else where.listen(self._identity)
             log.debug(f"listening on {where.uri('')}" if sockets else "the client is on stdin")
-            server = Server(
-                chain,
-                sockets,
-                readonly=bool(line.readonly),
-                threads=self._threads,
-                structured_replies=not line.no_sr,
-                meta_contexts=not line.no_mc,
-                extended_headers=not line.no_eh,
-                handshake_mask=self._mask,
-                oldstyle=bool(line.oldstyle),
-                handshake_timeout=self._timeout,
-                tls=self._tls,
-                credentials=self._credentials,
-            )
             if line.run is not None:
                 from .captive import Captive
 
                 captive = Captive(line.run, where.variables(line.exportname or ""))
-            daemon = None
-            if not self._stays:
-                daemon = background.Background()
+            daemon = None if self._stays else background.Background()
+            if self._workers > 1:
+                serving = self._supervisor(chain, sockets, captive, daemon)
+            else:
+                server = Server(chain, sockets, **self._options())
+                serving = OneProcess(server, self._client, captive, self._parent)
+            if daemon is not None:
                 daemon.fork(lambda pid: self._announce(where, pid))
-            background.on_signals(lambda number: _stop(number, server, captive), where.remove)
+            _on_signals(serving, captive, where)
             if self._credentials is not None:
-                signal.signal(signal.SIGHUP, lambda number, frame: server.reload())
+                signal.signal(signal.SIGHUP, lambda number, frame: serving.reload())
             if line.swap:
                 from .system import lock_memory
 
@@ -148,33 +149,84 @@ class Service:
 
                 preload()
                 self._identity.take()
-            needs_cleanup = True
-            step(chain.name, "after_fork", chain.after_fork)
+            serving.start()
             if daemon is None:
                 self._announce(where, os.getpid())
             else:
-                daemon.ready(keep_stderr=log.verbose or line.log == "stderr")
-            log.use(line.log or ("stderr" if daemon is None and self._stderr_is_ours else "syslog"))
-            if self._parent is not None:
-                self._parent.watch()
+                daemon.ready(self._keeps_stderr)
+            log.use(self._log(daemon))
             sys.setswitchinterval(SWITCH_INTERVAL)
-            if captive is not None:
-                captive.go(server.stop)
-            needs_cleanup = False  # the server does it
-            if self._client is not None:
-                server.serve_one(self._client)
-            else:
-                server.run()
-            return captive.finish() if captive is not None else 0
+            status = serving.run()
+            return captive.finish() if captive is not None else status
         except BaseException:
             if captive is not None:
                 captive.abandon()
-            if needs_cleanup:
-                for failure in chain.cleanup():
-                    log.exception("cleanup", failure)
+            if serving is not None:
+                serving.abandon()
             raise
         finally:
             where.remove()
+
+    def _options(self) -> dict[str, Any]:
+        """Those of the Server."""
+        line = self._line
+        return {
+            "readonly": bool(line.readonly),
+            "threads": self._threads,
+            "structured_replies": not line.no_sr,
+            "meta_contexts": not line.no_mc,
+            "extended_headers": not line.no_eh,
+            "handshake_mask": self._mask,
+            "oldstyle": bool(line.oldstyle),
+            "handshake_timeout": self._timeout,
+            "tls": self._tls,
+            "credentials": self._credentials,
+        }
+
+    @property
+    def _keeps_stderr(self) -> bool:
+        """Whether a server in the background writes to stderr."""
+        return log.verbose or self._line.log == "stderr"
+
+    def _log(self, daemon: background.Background | None) -> str:
+        """Where messages go when clients can connect."""
+        here = daemon is None and self._stderr_is_ours
+        return self._line.log or ("stderr" if here else "syslog")
+
+    def _supervisor(
+        self,
+        chain: Chain,
+        sockets: Sequence[socket.socket],
+        captive: Captive | None,
+        daemon: background.Background | None,
+    ) -> Supervisor:
+        """For --workers."""
+        from .workers import Supervisor, Work
+
+        def close_in_worker() -> None:
+            if captive is not None:
+                captive.close_gate()
+            if daemon is not None:
+                daemon.leave()
+            if self._parent is not None:
+                self._parent.close()
+
+        def settled() -> None:
+            if daemon is not None and not self._keeps_stderr:
+                daemon.drop_stderr()
+            log.use(self._log(daemon))
+            sys.setswitchinterval(SWITCH_INTERVAL)
+
+        work = Work(chain, self._options(), bool(self._line.swap), settled)
+        return Supervisor(
+            sockets,
+            self._workers,
+            work,
+            close_in_worker,
+            credentials=self._credentials,
+            captive=captive,
+            parent=self._parent,
+        )
 
     def _announce(self, where: Where, pid: int) -> None:
         """Say that clients can connect. Raises ConfigError."""
@@ -188,14 +240,70 @@ class Service:
                 raise ConfigError(f"--print-uri: {error.strerror}") from None
 
 
-def _stop(number: int, server: Server, captive: Captive | None) -> bool:
+class OneProcess:
+    """A server that serves in this process. What it has in common with `Supervisor`: see there."""
+
+    def __init__(
+        self,
+        server: Server,
+        client: socket.socket | None,
+        captive: Captive | None,
+        parent: background.Parent | None,
+    ) -> None:
+        """`client`: the only one (-s)."""
+        self._server = server
+        self._client = client
+        self._captive = captive
+        self._parent = parent
+        self._needs_cleanup = False
+        self.stop = server.stop
+        self.reload = server.reload
+
+    def start(self) -> None:
+        """Do what is left to do for the plugin. Raises ConfigError."""
+        self._needs_cleanup = True
+        chain = self._server.chain
+        step(chain.name, "after_fork", chain.after_fork)
+
+    def run(self) -> int:
+        """Serve to the end."""
+        if self._parent is not None:
+            self._parent.watch()
+        if self._captive is not None:
+            self._captive.go(self.stop)
+        self._needs_cleanup = False  # the server does it
+        if self._client is not None:
+            self._server.serve_one(self._client)
+        else:
+            self._server.run()
+        return 0
+
+    def kill(self) -> None:
+        """There is nobody to take along."""
+
+    def abandon(self) -> None:
+        """The start has failed."""
+        if self._needs_cleanup:
+            for failure in self._server.chain.cleanup():
+                log.exception("cleanup", failure)
+
+
+def _on_signals(serving: OneProcess | Supervisor, captive: Captive | None, where: Where) -> None:
+    def end_at_once() -> None:
+        serving.kill()
+        where.remove()
+
+    background.on_signals(lambda number: _stop(number, serving, captive), end_at_once)
+
+
+def _stop(number: int, serving: OneProcess | Supervisor, captive: Captive | None) -> bool:
     """A signal: the server ends, or the command that it lives for is told; False: it is not ours.
 
     What is typed at a terminal (Ctrl-C) reaches the command, too: whether that is its end is for
     the command to say, as with system(3).
     """
     if captive is None or captive.has_ended:
-        server.stop()
+        serving.stop()
     elif background.from_keyboard(number):
         return False
     else:

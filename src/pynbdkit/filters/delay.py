@@ -28,6 +28,7 @@ class DelayFilter(Filter):
     """Delay requests, opening and closing."""
 
     longname = "delay filter"
+    forkable = True
     blocking = True
 
     delay_read = parameters.delay("How long a read waits", default=0.0, metavar=_METAVAR)

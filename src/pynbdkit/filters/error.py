@@ -44,6 +44,7 @@ class ErrorFilter(Filter):
     """Inject errors into replies."""
 
     longname = "error injection filter"
+    forkable = True
 
     error = _error("all requests", sets=[f"error_{name}" for name in OPERATIONS])
     error_rate = _rate("of all requests", sets=[f"error_{name}_rate" for name in OPERATIONS])
@@ -71,6 +72,11 @@ class ErrorFilter(Filter):
         super().__init__(**values)
         self.random = random.Random()
         """Decides which requests fail; seed it to have the same ones fail every time."""
+
+    def after_fork(self) -> None:
+        """Have each worker draw for itself, not all the same."""
+        if self.worker_count > 1:
+            self.random.seed()
 
     def open(self, next: Callable[[Session], Layer], session: Session) -> Device:
         """A device that fails as configured."""

@@ -28,6 +28,7 @@ class FuaFilter(Filter):
     """Modify flush and Forced Unit Access (FUA)."""
 
     longname = "fua filter"
+    forkable = True
     fuamode = parameters.enum("What to make of flush and FUA", MODES, default="none")
 
     def open(self, next: Callable[[Session], Layer], session: Session) -> Device:

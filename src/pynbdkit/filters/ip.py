@@ -237,6 +237,7 @@ class IpFilter(Filter):
     """Filter clients by address, process, user, group or certificate."""
 
     longname = "ip filter"
+    forkable = True
     allow = Parameter(
         "rules", "Who is let in, first of all", parse_rules, multiple=True, metavar="RULE[,RULE...]"
     )

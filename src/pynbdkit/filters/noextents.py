@@ -21,6 +21,7 @@ class NoExtentsFilter(Filter):
     """Hide holes: the disk looks fully allocated."""
 
     longname = "noextents filter"
+    forkable = True
 
     def open(self, next: Callable[[Session], Layer], session: Session) -> Device:
         """The next layer without its extents."""

@@ -13,3 +13,4 @@ class NoFilter(Filter):
     """Pass requests through unchanged."""
 
     longname = "passthrough filter"
+    forkable = True

@@ -31,6 +31,7 @@ class NoZeroFilter(Filter):
     """Disable or curb efficient zeroing."""
 
     longname = "nozero filter"
+    forkable = True
     zeromode = parameters.enum("What to make of zero requests", ZERO_MODES, default="none")
     fastzeromode = parameters.enum(
         "What to make of fast zero requests", FAST_ZERO_MODES, default="default"

@@ -24,6 +24,7 @@ class OffsetFilter(Filter):
     """Serve the byte range [offset, offset+range) of the disk."""
 
     longname = "offset filter"
+    forkable = True
     offset = parameters.size("Where the part begins", default=0, metavar="OFFSET")
     range = parameters.size("How long the part is (default: to the end)", metavar="LENGTH")
 

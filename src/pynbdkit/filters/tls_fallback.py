@@ -30,6 +30,7 @@ class TlsFallbackFilter(Filter):
     """Serve clients without TLS a note instead of the disk."""
 
     longname = "tls-fallback filter"
+    forkable = True
     tlsreadme = parameters.text("What clients without TLS read", default=MESSAGE, metavar="MESSAGE")
 
     def get_ready(self) -> None:

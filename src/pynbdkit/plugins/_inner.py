@@ -77,6 +77,12 @@ class InnerPlugin(Plugin):
         known = self.known
         return None if known is None else known.blocking
 
+    @property
+    def forkable(self) -> bool:  # type: ignore[override]
+        """What the other plugin declares."""
+        known = self.known
+        return False if known is None else known.forkable
+
     def callbacks(self) -> list[str]:
         """Those of the other plugin."""
         known = self.known
@@ -93,6 +99,7 @@ class InnerPlugin(Plugin):
         self.inner.config_complete()
 
     def get_ready(self) -> None:
+        self.inner.worker_count = self.worker_count
         self.inner.get_ready()
 
     def after_fork(self) -> None:

@@ -19,6 +19,9 @@ before the next sync looks there, so nobody who comes later can slip through in 
 descriptors of the stock began to listen before anything was written, or while no sync ran and none
 had failed: whichever is taken, it tells what was lost since.
 
+Where several processes serve the file, each has descriptors of its own, and what fails in one is
+told to all (`_failures.py`).
+
 See fsync(2), "ERRORS" and "NOTES", and pwritev2(2), "RWF_DSYNC".
 """
 
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from typing import Final
 
     from ..device import Buffer
+    from ._failures import Failures
 
 UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 """How a kernel or a filesystem says that it does not know RWF_DSYNC."""
@@ -72,7 +76,9 @@ def own_descriptor(fd: int, access: int) -> int:
 class StableFile:
     """One file that is being served; shared by its connections, made by `StableFiles`."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: tuple[int, int] = (0, 0), failures: Failures | None = None) -> None:
+        self._key = key
+        self._failures = failures
         self.failure = ""
         """What the first failed sync said; "" while all is well."""
         self.unsupported: set[int] = set()
@@ -95,6 +101,8 @@ class StableFile:
 
     def check(self) -> None:
         """Raise OSError(EIO) if a sync of this file has ever failed."""
+        if self._failures is not None and not self.failure:
+            self.failure = self._failures.find(self._key)
         if self.failure:
             raise OSError(
                 errno.EIO,
@@ -145,6 +153,8 @@ class StableFile:
         except OSError as error:
             self._fail(error)
             raise
+        if self._failures is not None:
+            self.check()  # our descriptor may be younger than what another process was just told
 
     def _write_dsync(self, fd: int, buf: Buffer, offset: int) -> bool:
         """Write with RWF_DSYNC; False where the filesystem does not have it (remembered)."""
@@ -180,7 +190,10 @@ class StableFile:
                 self._fail(lost)
 
     def _fail(self, error: OSError) -> None:
-        self.failure = self.failure or error.strerror or str(error)
+        if not self.failure:
+            self.failure = error.strerror or str(error)
+            if self._failures is not None:
+                self._failures.add(self._key, self.failure)
 
     def _borrow(self) -> int:
         """A descriptor that no other sync uses; to be put back into `_idle`, after `_fail`."""
@@ -262,6 +275,13 @@ class StableFiles:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._files: dict[tuple[int, int], StableFile] = {}
+        self._failures: Failures | None = None
+
+    def share(self) -> None:
+        """Have all processes that are forked from now on know of failures. Raises OSError."""
+        from ._failures import Failures
+
+        self._failures = Failures()
 
     @staticmethod
     def _key(info: os.stat_result) -> tuple[int, int]:
@@ -271,7 +291,8 @@ class StableFiles:
     def acquire(self, fd: int, info: os.stat_result, writable: bool) -> StableFile:
         """The file that `fd` is open on; to be given back by `release`."""
         with self._lock:
-            file = self._files.setdefault(self._key(info), StableFile())
+            key = self._key(info)
+            file = self._files.setdefault(key, StableFile(key, self._failures))
             if writable:
                 file.equip(fd)
             file.users += 1

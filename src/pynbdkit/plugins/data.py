@@ -10,7 +10,7 @@ from __future__ import annotations
 from .. import log, parameters
 from ..errors import ConfigError
 from ..plugin import Plugin
-from .memory import MAX_MAPPED, MappedDisk, MemoryDevice, SparseDevice, parse_allocator
+from .memory import MAX_MAPPED, MappedDisk, SharedDisk, SparseDevice, parse_allocator
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class DataPlugin(Plugin):
     longname = "nbdkit data plugin"
     description = "A disk whose bytes stand on the command line; what is written is not kept"
     blocking = False
+    forkable = True
 
     data = parameters.text("The disk in the data format", magic=True, metavar="DATA")
     raw = parameters.text("The disk's bytes as they are", metavar="BYTES")
@@ -74,13 +75,19 @@ class DataPlugin(Plugin):
             log.warning(f"parameter '{key}' is not used: the data has no ${key}")
         self._disk: MappedDisk | SparseArray
         if self._kind == "sparse" and (image.size > MAX_MAPPED or _is_large(image)):
+            if self.worker_count > 1:
+                raise ConfigError(
+                    "a disk of over 16T, or with more than 64M of data, is kept by one process:"
+                    " leave --workers out, or give allocator=malloc"
+                )
             from ..sparse import SparseArray
 
             self._disk = SparseArray(image.size, image)
         elif image.size > MAX_MAPPED:
             raise ConfigError(f"size {image.size} is too large for allocator={self._kind}")
         else:
-            self._disk = MappedDisk(image.size, self._kind == "sparse", self._locked)
+            disk = MappedDisk if self.worker_count == 1 else SharedDisk
+            self._disk = disk(image.size, self._kind == "sparse", self._locked)
             for start, end in image.data(0, image.size):
                 image.fill(self._disk.view[start:end], start)
                 self._disk.mark(end - start, start)
@@ -88,7 +95,7 @@ class DataPlugin(Plugin):
     def open(self, session: Session) -> Device:
         """Every connection sees the same disk."""
         if isinstance(self._disk, MappedDisk):
-            return MemoryDevice(self._disk)
+            return self._disk.device()
         return SparseDevice(self._disk)
 
     def dump_plugin(self) -> Iterable[tuple[str, str]]:

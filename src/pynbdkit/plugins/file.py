@@ -56,6 +56,7 @@ class FilePlugin(Plugin):
     name = "file"
     longname = "nbdkit file plugin"
     description = "Serve a file, a block device, or the files of a directory"
+    forkable = True
 
     file = parameters.path("The file or block device to serve", magic=True, metavar="FILENAME")
     dir = parameters.path("A directory: its files are the exports", metavar="DIRECTORY")
@@ -130,6 +131,11 @@ class FilePlugin(Plugin):
                     f"fd={self.fd}: opened with {name}, which would not put data where it belongs"
                 )
 
+    def get_ready(self) -> None:
+        """Where several processes will serve, what one learns of lost data is for all."""
+        if self.worker_count > 1:
+            self._stable.share()
+
     def dump_plugin(self) -> Iterable[tuple[str, str]]:
         """What the peer tells about itself."""
         for what in ("blksszget", "blkzeroout", "falloc_fl_punch_hole", "falloc_fl_zero_range"):
@@ -183,6 +189,8 @@ class FilePlugin(Plugin):
                 f"/proc/self/fd/{self.fd}", access if writable else os.O_RDONLY
             ), writable
         except OSError:
+            if self.worker_count > 1:  # they would share a position, and the kernel's reports
+                raise
             return os.dup(self.fd), writable
 
     def _device(self, fd: int, writable: bool) -> FileDevice:

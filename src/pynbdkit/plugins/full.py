@@ -26,6 +26,7 @@ class FullPlugin(Plugin):
     longname = "nbdkit full plugin"
     description = "A disk that is always full: writes fail with ENOSPC"
     blocking = False
+    forkable = True
 
     size = parameters.size("Size of the disk", required=True, magic=True)
 

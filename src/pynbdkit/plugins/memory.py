@@ -4,6 +4,9 @@ The sparse disk is one private anonymous mapping without a reservation, so the k
 table: a read is a slice of the mapping (no copy), trim gives the pages back. Which parts were ever
 written is noted in one byte per `CHUNK`, for extents. A disk that is too large to be mapped is
 kept in a `SparseArray`.
+
+For several processes (--workers), disk and note are mappings that these share, made before they
+are forked (`SharedDisk`): there, any of them may be killed at any moment.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from ..extents import HOLE, ZERO, Extent
 from ..flags import CacheMode, Flag, Fua
 from ..parse import parse_bool
 from ..plugin import Plugin
+from ._zeros import zeros
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 
 CHUNK_BITS: Final = 16
 CHUNK: Final = 1 << CHUNK_BITS
+PIECE: Final = 1 << 20
+"""Bytes that are zeroed at a time."""
 MAX_MAPPED: Final = 1 << 44
 """Larger disks are not mapped."""
 MAP_NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -59,6 +65,7 @@ class Memory(Plugin):
     longname = "nbdkit memory plugin"
     description = "A disk in memory, discarded when the server ends"
     blocking = False
+    forkable = True
 
     size = parameters.size("Size of the backing disk", required=True, magic=True, metavar="SIZE")
     allocator = parameters.text(
@@ -78,16 +85,22 @@ class Memory(Plugin):
         if self.size > MAX_MAPPED:
             if self._kind != "sparse":
                 raise ConfigError(f"size={self.size}: too large for allocator={self._kind}")
+            if self.worker_count > 1:
+                raise ConfigError(
+                    f"size={self.size}: too large to be shared by several processes (at most 16T):"
+                    " leave --workers out"
+                )
             from ..sparse import SparseArray
 
             self._disk = SparseArray(self.size)
         else:
-            self._disk = MappedDisk(self.size, self._kind == "sparse", self._locked)
+            disk = MappedDisk if self.worker_count == 1 else SharedDisk
+            self._disk = disk(self.size, self._kind == "sparse", self._locked)
 
     def open(self, session: Session) -> Device:
         """Every connection sees the same disk."""
         if isinstance(self._disk, MappedDisk):
-            return MemoryDevice(self._disk)
+            return self._disk.device()
         return SparseDevice(self._disk)
 
     def dump_plugin(self) -> Iterable[tuple[str, str]]:
@@ -98,19 +111,28 @@ class Memory(Plugin):
 class MappedDisk:
     """`size` bytes of anonymous memory and a note of what was written."""
 
+    sharing = mmap.MAP_PRIVATE
+
     def __init__(self, size: int, sparse: bool, locked: bool) -> None:
         """`sparse`: memory is reserved only as it is written; `locked`: it is never swapped out."""
         self.size = size
         self.sparse = sparse
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (MAP_NORESERVE if sparse else 0)
+        flags = self.sharing | mmap.MAP_ANONYMOUS | (MAP_NORESERVE if sparse else 0)
         try:
             self.map = mmap.mmap(-1, max(size, 1), flags=flags)
         except (OSError, OverflowError, ValueError) as error:
             raise ConfigError(f"size={size}: cannot allocate the disk: {error}") from None
         self.view = memoryview(self.map)
-        self.written = bytearray((size + CHUNK - 1) >> CHUNK_BITS)
+        self.written = self._note((size + CHUNK - 1) >> CHUNK_BITS)
         if locked:
             _mlock(self.map, size)
+
+    def _note(self, chunks: int) -> bytearray | mmap.mmap:
+        return bytearray(chunks)
+
+    def device(self) -> MemoryDevice:
+        """A connection's view of it."""
+        return MemoryDevice(self)
 
     def clear(self, count: int, offset: int) -> None:
         """Zero a range: whole chunks are given back, the rest is written."""
@@ -122,29 +144,69 @@ class MappedDisk:
             return
         self._fill(offset, first)
         self._fill(last, end)
+        self._give_back(first, last)
+
+    def _give_back(self, first: int, last: int) -> None:
         # The note goes first: a write that comes in between marks its chunk again.
+        self._forget(first, last)
+        self._drop(mmap.MADV_DONTNEED, first, last)
+
+    def _drop(self, advice: int, first: int, last: int) -> None:
+        try:
+            self.map.madvise(advice, first, last - first)
+        except OSError:  # memory that is locked (--swap) cannot be given back
+            self._zero(first, last)
+
+    def _forget(self, first: int, last: int) -> None:
         chunks = ((last + CHUNK - 1) >> CHUNK_BITS) - (first >> CHUNK_BITS)
         self.written[first >> CHUNK_BITS : (first >> CHUNK_BITS) + chunks] = bytes(chunks)
-        self.map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def _fill(self, start: int, end: int) -> None:
         while start < end:
-            piece = min(end - start, 1 << 20)
+            piece = min(end - start, PIECE)
             if (
                 not self.sparse
                 or self.written.find(
-                    1, start >> CHUNK_BITS, ((start + piece - 1) >> CHUNK_BITS) + 1
+                    b"\1", start >> CHUNK_BITS, ((start + piece - 1) >> CHUNK_BITS) + 1
                 )
                 >= 0
             ):
-                self.view[start : start + piece] = bytes(piece)
+                self._zero(start, start + piece)
             start += piece
+
+    def _zero(self, start: int, end: int) -> None:
+        for at in range(start, end, PIECE):
+            piece = min(end - at, PIECE)
+            self.view[at : at + piece] = bytes(piece)
 
     def mark(self, count: int, offset: int) -> None:
         """Note that a range is allocated."""
         first = offset >> CHUNK_BITS
         last = (offset + count - 1) >> CHUNK_BITS
         self.written[first : last + 1] = b"\1" * (last + 1 - first)
+
+
+class SharedDisk(MappedDisk):
+    """A disk that several processes serve.
+
+    What is not noted as written is zeros, always: else zeroing a part of it would leave it as it
+    is. So a process that is killed between two steps must leave a chunk noted for nothing, never
+    one with data that is not noted.
+    """
+
+    sharing = mmap.MAP_SHARED
+
+    def _note(self, chunks: int) -> mmap.mmap:
+        return mmap.mmap(-1, max(chunks, 1), flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+
+    def device(self) -> MemoryDevice:
+        """A connection's view of it."""
+        return SharedMemoryDevice(self)
+
+    def _give_back(self, first: int, last: int) -> None:
+        self._drop(mmap.MADV_REMOVE, first, last)
+        self._forget(first, last)
+        self._drop(mmap.MADV_REMOVE, first, last)  # what was written, and noted, in between
 
 
 class RamDevice(Device):
@@ -222,12 +284,49 @@ class MemoryDevice(RamDevice):
         while offset < end:
             chunk = offset >> CHUNK_BITS
             if written[chunk]:
-                stop, kind = written.find(0, chunk, last), 0
+                stop, kind = written.find(b"\0", chunk, last), 0
             else:
-                stop, kind = written.find(1, chunk, last), HOLE | ZERO
+                stop, kind = written.find(b"\1", chunk, last), HOLE | ZERO
             until = end if stop < 0 else stop << CHUNK_BITS
             yield Extent(offset, until - offset, kind)
             offset = until
+
+
+class SharedMemoryDevice(MemoryDevice):
+    """A connection's view of a disk that several processes serve."""
+
+    def pread(self, count: int, offset: int, flags: int) -> Buffer:
+        """The memory itself, without a copy, where there is any.
+
+        To look at shared memory that nobody has written to would give it pages, which a private
+        mapping needs for writing alone.
+        """
+        if self._disk.sparse:
+            written = self._written
+            first, last = offset >> CHUNK_BITS, (offset + count - 1) >> CHUNK_BITS
+            if first == last:
+                if not written[first]:
+                    return zeros(count)
+            elif written.find(b"\0", first, last + 1) >= 0:
+                return self._gather(count, offset)
+        return self._view[offset : offset + count]
+
+    def _gather(self, count: int, offset: int) -> Buffer:
+        result = bytearray(count)
+        for start, length, kind in self.extents(count, offset, 0):
+            if kind == 0:
+                result[start - offset : start - offset + length] = self._view[
+                    start : start + length
+                ]
+        return result
+
+    def pwrite(self, buf: Buffer, offset: int, flags: int) -> None:
+        """Write, noted before as well: this process may be killed meanwhile."""
+        count = len(buf)
+        if count:
+            self._disk.mark(count, offset)
+            self._view[offset : offset + count] = buf
+            self._disk.mark(count, offset)
 
 
 class SparseDevice(RamDevice):

@@ -25,6 +25,7 @@ class NullPlugin(Plugin):
     longname = "nbdkit null plugin"
     description = "A disk that discards all writes and reads as zeros"
     blocking = False
+    forkable = True
 
     size = parameters.size("Size of the disk", default=0, magic=True)
 

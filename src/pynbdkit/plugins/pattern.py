@@ -57,6 +57,7 @@ class PatternPlugin(Plugin):
     longname = "nbdkit pattern plugin"
     description = "A read-only disk with a fixed pattern: every 8 bytes are their own offset"
     blocking = False
+    forkable = True
 
     size = parameters.size("Size of the disk", required=True, magic=True)
 

@@ -22,6 +22,7 @@ class ZeroPlugin(Plugin):
     longname = "nbdkit zero-length plugin"
     description = "A disk of zero bytes, to test the corners of clients"
     blocking = False
+    forkable = True
 
     def config(self, key: str, value: str) -> None:
         """There is nothing to say about it. Raises ConfigError."""
