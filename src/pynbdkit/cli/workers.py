@@ -196,6 +196,8 @@ class Supervisor:
                 "--workers: a thread runs already, which the workers would not have: it has to be"
                 " started in after_fork"
             )
+        from ..server import connection  # noqa: F401 (loaded once: the workers share its memory)
+
         signal.signal(signal.SIGCHLD, self._on_child)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         for number in range(1, self._count + 1):
