@@ -114,6 +114,7 @@ class Transmission:
         self._others = 0  # the score of other connections' batches between our own
         self.off: threading.Lock | None = None
         """Held while the carousel serves us (see `get_on`)."""
+        self._on_epoch = 0  # the epoch in which we got on
         self._unfinished = False  # the batch of our last turn there has more
         self._thrown: BaseException | None = None  # what has ended our last turn there
 
@@ -193,10 +194,20 @@ class Transmission:
             while more:
                 more = self._run_measured(batch)
                 send()
-            if self._may_ride and self._epoch == epoch and self._has_company(first):
+            if (
+                self._may_ride
+                and self._epoch == epoch
+                and self._has_company(first)
+                and self._still_reads(epoch)
+            ):
                 self._ride()
         if self._epoch != epoch:
             crew.came_back()
+
+    def _still_reads(self, epoch: int) -> bool:
+        """Whether we are the reader; a take-over that has begun, as our call ended, ends first."""
+        with self._turn:
+            return self._epoch == epoch
 
     def _finish(self, why: str) -> None:
         """End after sending what is ready."""
@@ -320,6 +331,7 @@ class Transmission:
         """The carousel serves us from now on; returns the lock that is free when it has ended."""
         off = self.off = threading.Lock()
         off.acquire()
+        self._on_epoch = self._epoch
         return off
 
     def get_off(self) -> None:
@@ -330,16 +342,23 @@ class Transmission:
 
     def turn(self) -> bool:
         """Receive, run and answer a batch, for the carousel; False: our own thread has to go on."""
+        receiver = self._receiver
+        if not self._turn.acquire(blocking=False):
+            return True  # we are being taken over: wait for that with the others, not for it alone
         try:
-            with self._turn:
-                requests: list[Request | None] = [*self._receiver.receive_what_is_there()]
+            try:
+                epoch = self._on_epoch
+                if self._epoch != epoch:
+                    return False  # another thread reads by now
+                requests: list[Request | None] = [*receiver.receive_what_is_there()]
                 if not requests:
-                    return not self._receiver.expects_much
-                epoch = self._epoch
+                    return not receiver.expects_much
                 first = requests[0]
                 requests.append(None)
                 batch = self._batch = deque(requests)
                 self._serial += 1
+            finally:
+                self._turn.release()
             set_current(self._session)
             log.set_name(self._name)
             more = self._run_measured(batch) if self._measured else self._run_queue(batch)
