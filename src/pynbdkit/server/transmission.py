@@ -367,7 +367,8 @@ class Transmission:
             self._unfinished = more
             sent = self._sender.send_without_waiting()
             small = first is not None and first[4] <= SMALL_REQUEST
-            return sent and small and not more and not self._dispatching
+            on = sent and small and not more and not self._dispatching
+            return on and not receiver.parser.broken
         except BaseException as failure:  # it is for our own thread to say what it is
             self._busy = False
             self._thrown = failure
