@@ -416,6 +416,9 @@ class Transmission:
         except OSError as error:
             self.end(error.strerror or str(error))
             return
+        except BaseException as failure:  # nobody would read, and nobody end the crew
+            self.give_up(failure)
+            return
         self._read(epoch)
 
     def calls_are_quick(self) -> None:
