@@ -94,6 +94,7 @@ class Transmission:
         self._batch: deque[Request | None] = deque()  # what the reader still has to run
         self._serial = 0  # counts the batches
         self._epoch = 0  # grows when a reader is left behind
+        self._log_name = log.name() or name
         self._busy = False  # the reader is running a batch
         self.watched = False
         """Whether the watch looks at this connection (it sets this)."""
@@ -106,7 +107,7 @@ class Transmission:
         self._dispatching = parallel and may_block is True
         self._crew: Crew | None = None
         if parallel and may_block is not False:
-            self._crew = self._runner.crew = Crew(self, session, name, threads)
+            self._crew = self._runner.crew = Crew(self, session, self._log_name, threads)
 
         # A call that waits would hold up all that ride together, unless it can be left behind.
         quick = may_block is False or self._measured
@@ -360,7 +361,7 @@ class Transmission:
             finally:
                 self._turn.release()
             set_current(self._session)
-            log.set_name(self._name)
+            log.set_name(self._log_name)
             more = self._run_measured(batch) if self._measured else self._run_queue(batch)
             if self._epoch != epoch:
                 return False
