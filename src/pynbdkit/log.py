@@ -64,9 +64,15 @@ def set_name(name: str) -> None:
     _local.name = name
 
 
+def name() -> str:
+    """What `set_name` was told in this thread; "" where it was not."""
+    found: str = getattr(_local, "name", "")
+    return found
+
+
 def _prefix() -> str:
-    name = getattr(_local, "name", "")
-    return f"{program}: {name}: " if name else f"{program}: "
+    about = name()
+    return f"{program}: {about}: " if about else f"{program}: "
 
 
 def error(message: str) -> None:

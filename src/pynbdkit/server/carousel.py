@@ -56,11 +56,16 @@ class Carousel:
         """Have a connection served here; returns when its thread has to go on by itself."""
         descriptor = transmission.fileno()
         with self._lock:
-            if self._closed or not self._ready_to_run():
+            if self._closed or not self.available or not self._ready_to_run():
                 return
             off = transmission.get_on()
+            try:
+                self._epoll.register(descriptor, select.EPOLLIN)
+            except OSError as error:  # the system looks at no more of them
+                log.debug(f"a connection is served by its thread: {error}")
+                transmission.get_off()
+                return
             self._riders[descriptor] = transmission
-            self._epoll.register(descriptor, select.EPOLLIN)
         off.acquire()
 
     def leave_behind(self, transmission: Transmission, off: threading.Lock) -> None:
@@ -76,8 +81,8 @@ class Carousel:
                 return
             self._generation += 1
             self._thread = self._current = None
-            if self._riders and not self._closed:
-                self._ready_to_run()
+            if self._riders and not self._closed and not self._ready_to_run():
+                self._let_all_off()
 
     def forget(self, transmission: Transmission) -> None:
         """A connection has ended."""
@@ -95,22 +100,25 @@ class Carousel:
             thread.join()
         if self._wake is not None:
             os.close(self._wake[0])
+        if self._epoll is not None:
             self._epoll.close()
 
     def _ready_to_run(self) -> bool:
         """Have a thread (call it with the lock); False if the system has none for us."""
         try:
             if self._epoll is None:
-                self._wake = os.pipe2(os.O_CLOEXEC)
-                self._epoll = select.epoll()
-                self._epoll.register(self._wake[0], select.EPOLLIN)
+                epoll = select.epoll()
+                if self._wake is None:  # else it is there from an attempt that failed
+                    self._wake = os.pipe2(os.O_CLOEXEC)
+                epoll.register(self._wake[0], select.EPOLLIN)
+                self._epoll = epoll
             if self._thread is None:
                 thread = threading.Thread(
                     target=self._run, args=(self._generation,), name="carousel", daemon=True
                 )
                 thread.start()
                 self._thread = thread
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, MemoryError) as error:
             log.debug(f"connections are served by a thread each: {error}")
             return False
         return True
@@ -119,12 +127,10 @@ class Carousel:
         try:
             self._go_round(generation)
         except BaseException as failure:  # a bug of ours: nobody must wait for us for ever
-            log.exception("carousel", failure)
             with self._lock:
                 self.available = False
-                left = list(self._riders.values())
-            for transmission in left:
-                self._let_off(transmission)
+                self._let_all_off()
+            log.exception("carousel", failure)
 
     def _go_round(self, generation: int) -> None:
         poll = self._epoll.poll
@@ -144,11 +150,11 @@ class Carousel:
                     left_behind = self._generation != generation
                     if not left_behind:
                         self._current = None
+                        if not goes_on:
+                            self._let_off(transmission)
                 if left_behind:
                     transmission.get_off()  # another thread serves the others; its own one waits
                     return
-                if not goes_on:
-                    self._let_off(transmission)
             if len(events) == 1 and events[0][0] == before:
                 alone += 1
             else:
@@ -157,7 +163,8 @@ class Carousel:
                 alone = 0
                 lonely = riders.get(before)
                 if lonely is not None:
-                    self._let_off(lonely)
+                    with self._lock:
+                        self._let_off(lonely)
             self._moved.update(descriptor for descriptor, _ in events)
             if monotonic() >= sweep:
                 sweep = monotonic() + SWEEP
@@ -167,14 +174,24 @@ class Carousel:
         """Let off who was silent since the last time."""
         moved, self._moved = self._moved, set()
         with self._lock:
-            silent = [each for fd, each in self._riders.items() if fd not in moved]
-        for transmission in silent:
-            self._let_off(transmission)
+            for transmission in [each for fd, each in self._riders.items() if fd not in moved]:
+                self._let_off(transmission)
 
     def _let_off(self, transmission: Transmission) -> None:
-        with self._lock:
-            self._take_off(transmission)
-        transmission.get_off()
+        """Its own thread goes on (call it with the lock), unless it was taken off before.
+
+        What `leave_behind` has taken off may be on again soon, or not wait at all: with the lock
+        nobody is let off who does not ride, and nobody rides who was let off.
+        """
+        if self._take_off(transmission):
+            transmission.get_off()
+
+    def _let_all_off(self) -> None:
+        """Nobody runs for them (call it with the lock); it needs no memory."""
+        while self._riders:
+            descriptor, transmission = self._riders.popitem()
+            self._epoll.unregister(descriptor)
+            transmission.get_off()
 
     def _take_off(self, transmission: Transmission) -> bool:
         """Whether it was on (call it with the lock)."""

@@ -107,7 +107,10 @@ class Receiver:
         if not count:
             self._gone()
         parser.received(count)
-        return parser.requests()
+        requests = parser.requests()
+        if not requests:
+            self._may_go_on()  # no more will come, where they cannot be understood
+        return requests
 
     @property
     def expects_much(self) -> bool:

@@ -94,6 +94,7 @@ class Transmission:
         self._batch: deque[Request | None] = deque()  # what the reader still has to run
         self._serial = 0  # counts the batches
         self._epoch = 0  # grows when a reader is left behind
+        self._log_name = log.name() or name
         self._busy = False  # the reader is running a batch
         self._reader = 0  # the system's number of the thread that runs it
         self._noted: tuple[float, ...] = (0, 0, 0, 0, 0)  # what `waits` saw last
@@ -108,7 +109,7 @@ class Transmission:
         self._dispatching = parallel and may_block is True
         self._crew: Crew | None = None
         if parallel and may_block is not False:
-            self._crew = self._runner.crew = Crew(self, session, name, threads)
+            self._crew = self._runner.crew = Crew(self, session, self._log_name, threads)
 
         # A call that waits would hold up all that ride together, unless it can be left behind.
         quick = may_block is False or self._measured
@@ -116,6 +117,7 @@ class Transmission:
         self._others = 0  # the score of other connections' batches between our own
         self.off: threading.Lock | None = None
         """Held while the carousel serves us (see `get_on`)."""
+        self._on_epoch = 0  # the epoch in which we got on
         self._unfinished = False  # the batch of our last turn there has more
         self._thrown: BaseException | None = None  # what has ended our last turn there
 
@@ -195,10 +197,20 @@ class Transmission:
             while more:
                 more = self._run_measured(batch)
                 send()
-            if self._may_ride and self._epoch == epoch and self._has_company(first):
+            if (
+                self._may_ride
+                and self._epoch == epoch
+                and self._has_company(first)
+                and self._still_reads(epoch)
+            ):
                 self._ride()
         if self._epoch != epoch:
             crew.came_back()
+
+    def _still_reads(self, epoch: int) -> bool:
+        """Whether we are the reader; a take-over that has begun, as our call ended, ends first."""
+        with self._turn:
+            return self._epoch == epoch
 
     def _finish(self, why: str) -> None:
         """End after sending what is ready."""
@@ -323,6 +335,7 @@ class Transmission:
         """The carousel serves us from now on; returns the lock that is free when it has ended."""
         off = self.off = threading.Lock()
         off.acquire()
+        self._on_epoch = self._epoch
         return off
 
     def get_off(self) -> None:
@@ -333,25 +346,33 @@ class Transmission:
 
     def turn(self) -> bool:
         """Receive, run and answer a batch, for the carousel; False: our own thread has to go on."""
+        receiver = self._receiver
+        if not self._turn.acquire(blocking=False):
+            return True  # we are being taken over: wait for that with the others, not for it alone
         try:
-            with self._turn:
-                requests: list[Request | None] = [*self._receiver.receive_what_is_there()]
+            try:
+                epoch = self._on_epoch
+                if self._epoch != epoch:
+                    return False  # another thread reads by now
+                requests: list[Request | None] = [*receiver.receive_what_is_there()]
                 if not requests:
-                    return not self._receiver.expects_much
-                epoch = self._epoch
+                    return not receiver.expects_much
                 first = requests[0]
                 requests.append(None)
                 batch = self._batch = deque(requests)
                 self._serial += 1
+            finally:
+                self._turn.release()
             set_current(self._session)
-            log.set_name(self._name)
+            log.set_name(self._log_name)
             more = self._run_measured(batch) if self._measured else self._run_queue(batch)
             if self._epoch != epoch:
                 return False
             self._unfinished = more
             sent = self._sender.send_without_waiting()
             small = first is not None and first[4] <= SMALL_REQUEST
-            return sent and small and not more and not self._dispatching
+            on = sent and small and not more and not self._dispatching
+            return on and not receiver.parser.broken
         except BaseException as failure:  # it is for our own thread to say what it is
             self._busy = False
             self._thrown = failure
@@ -409,6 +430,9 @@ class Transmission:
             return
         except OSError as error:
             self.end(error.strerror or str(error))
+            return
+        except BaseException as failure:  # nobody would read, and nobody end the crew
+            self.give_up(failure)
             return
         self._read(epoch)
 

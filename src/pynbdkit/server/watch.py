@@ -50,12 +50,16 @@ class Watch:
     def look_at(self, transmission: Transmission) -> None:
         """This connection, which was not `watched`, is busy (it says so first)."""
         with self._lock:
+            if self._thread is None and not self._closed:
+                thread = threading.Thread(target=self._run, name="watch", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # the system has no more of them: the next batch tries again
+                    return
+                self._thread = thread
             transmission.watched = True
             self._seen[transmission] = ((-1, 0), 0)
             self.several = len(self._seen) > 1
-            if self._thread is None and not self._closed:
-                self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-                self._thread.start()
             self._wakeup.set()
 
     def remove(self, transmission: Transmission) -> None:
