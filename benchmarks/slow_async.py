@@ -1,33 +1,46 @@
-"""A disk of which each call takes a while, native. Parameters as in slow_threads.py."""
+"""A disk of zeros whose every request takes a while: coroutines, on one event loop.
+
+A script of API version 2. Parameters: size= (bytes, default 1G), delay= (seconds, default 0.010).
+`slow_threads.py` is the same with calls that block a thread.
+"""
 
 from __future__ import annotations
 
-import time
+import asyncio
 
-from pynbdkit import Device, Plugin, Session, parameters
+import nbdkit
 
+API_VERSION = 2
 
-class Slow(Plugin):
-    delay = parameters.text("Seconds that a call takes", default="0.01")
-    size = parameters.size("Size of the disk", default=64 << 20)
-
-    def open(self, session: Session) -> Device:
-        return SlowDevice(self.size, float(self.delay))
+size = 1 << 30
+delay = 0.010
 
 
-class SlowDevice(Device):
-    blocking = True
+def thread_model() -> int:
+    return int(nbdkit.THREAD_MODEL_PARALLEL)
 
-    def __init__(self, size: int, delay: float) -> None:
-        self.size = size
-        self.delay = delay
 
-    def get_size(self) -> int:
-        return self.size
+def config(key: str, value: str) -> None:
+    global size, delay
+    if key == "size":
+        size = nbdkit.parse_size(value)
+    elif key == "delay":
+        delay = float(value)
+    else:
+        raise ValueError(f"unknown parameter {key}")
 
-    def pread(self, count: int, offset: int, flags: int) -> bytes:
-        time.sleep(self.delay)
-        return bytes(count)
 
-    def pwrite(self, buf: object, offset: int, flags: int) -> None:
-        time.sleep(self.delay)
+def open(readonly: bool) -> object:
+    return object()
+
+
+def get_size(h: object) -> int:
+    return size
+
+
+async def pread(h: object, buf: bytearray, offset: int, flags: int) -> None:
+    await asyncio.sleep(delay)
+
+
+async def pwrite(h: object, buf: bytearray, offset: int, flags: int) -> None:
+    await asyncio.sleep(delay)

@@ -1,6 +1,7 @@
-"""A disk of which each call takes a while: a script, API version 2, for both servers' threads.
+"""A disk of zeros whose every request takes a while: a thread waits for each.
 
-Parameters: `delay`, the seconds that a call takes; `size`. It reads as zeros; writes are forgotten.
+A script of API version 2. Parameters: size= (bytes, default 1G), delay= (seconds, default 0.010).
+The same file runs under nbdkit. `slow_async.py` is the same with coroutines.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ import nbdkit
 
 API_VERSION = 2
 
-values = {"delay": "0.01", "size": "64M"}
-
-
-def config(key: str, value: str) -> None:
-    if key not in values:
-        raise ValueError(f"unknown parameter {key}")
-    values[key] = value
+size = 1 << 30
+delay = 0.010
 
 
 def thread_model() -> int:
-    return nbdkit.THREAD_MODEL_PARALLEL  # type: ignore[no-any-return]
+    return int(nbdkit.THREAD_MODEL_PARALLEL)
+
+
+def config(key: str, value: str) -> None:
+    global size, delay
+    if key == "size":
+        size = nbdkit.parse_size(value)
+    elif key == "delay":
+        delay = float(value)
+    else:
+        raise ValueError(f"unknown parameter {key}")
 
 
 def open(readonly: bool) -> object:
@@ -29,13 +35,12 @@ def open(readonly: bool) -> object:
 
 
 def get_size(h: object) -> int:
-    return nbdkit.parse_size(values["size"])  # type: ignore[no-any-return]
+    return size
 
 
 def pread(h: object, buf: bytearray, offset: int, flags: int) -> None:
-    time.sleep(float(values["delay"]))
-    buf[:] = bytes(len(buf))
+    time.sleep(delay)
 
 
 def pwrite(h: object, buf: bytearray, offset: int, flags: int) -> None:
-    time.sleep(float(values["delay"]))
+    time.sleep(delay)

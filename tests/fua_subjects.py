@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -206,8 +207,16 @@ def script(subject: Subject) -> str:
     return "".join(parts)
 
 
-def native_plugin(model: int) -> Any:
-    """One plugin for all native subjects: the export's name says which device it opens."""
+def async_script(subject: Subject) -> str:
+    """As `script`, with all callbacks and questions but open `async def`, on one event loop."""
+    return re.sub(r"(?m)^def (?!open|run)", "async def ", script(subject))
+
+
+def native_plugin(model: int, *, asynchronous: bool = False) -> Any:
+    """One plugin for all native subjects: the export's name says which device it opens.
+
+    Where it is `asynchronous`, all methods of its devices are coroutines that wait once.
+    """
     import pynbdkit
 
     def get_size(self: Any) -> int:
@@ -259,7 +268,20 @@ def native_plugin(model: int) -> Any:
         body |= {name: question(name) for name in questions(subject)}
         if subject.caches:
             body |= {"cache": cache, "can_cache": can_cache}
+        if asynchronous:
+            body = {
+                name: awaiting(value) if callable(value) else value for name, value in body.items()
+            }
         return type("Disk", (pynbdkit.Device,), body)()
+
+    def awaiting(function: Callable[..., Any]) -> Callable[..., Any]:
+        async def method(*arguments: Any) -> Any:
+            import asyncio
+
+            await asyncio.sleep(0)
+            return function(*arguments)
+
+        return method
 
     class Disks(pynbdkit.Plugin):
         thread_model = model

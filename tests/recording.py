@@ -61,12 +61,12 @@ class RecordingDisk(Device):
 class WriteOnly(RecordingDisk):
     """Only what is required, and pwrite."""
 
-    trim = Device.trim
-    zero = Device.zero
-    flush = Device.flush
-    cache = Device.cache
-    extents = Device.extents
-    can_fast_zero = Device.can_fast_zero
+    trim: Any = Device.trim
+    zero: Any = Device.zero
+    flush: Any = Device.flush
+    cache: Any = Device.cache
+    extents: Any = Device.extents
+    can_fast_zero: Any = Device.can_fast_zero
 
 
 class Recording(Plugin):

@@ -35,6 +35,14 @@ def missing(what: str) -> NoReturn:
     lacking(f"{what} is not installed: apt-get install {listing.stdout.strip()}")
 
 
+def need_uvloop() -> None:
+    """A test runs on uvloop: CI fails without it, a laptop skips."""
+    try:
+        import uvloop  # noqa: F401
+    except ImportError:
+        lacking("uvloop is not installed: pip install 'pynbdkit[uvloop]'")
+
+
 def need_root(why: str) -> None:
     """A test does what only root may: CI fails, a laptop skips."""
     if os.geteuid() != 0:

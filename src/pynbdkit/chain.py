@@ -7,24 +7,30 @@ all below it ready (nbdkit-filter(3)). `open` makes the stack of `Layer`s for a 
 `open` is also where access is decided, so that nothing that opens a device can forget it: every
 layer is asked `may_open` before anything is opened, and the plugin once more about the export that
 it is really to open, which a filter may have changed.
+
+Most steps of the plugin's may be `async def`: each is run on the chain's event loop and waited for,
+here and nowhere else. All is asked through `_settled`, because a coroutine that nobody awaits would
+count as yes.
 """
 
 from __future__ import annotations
 
 import errno
+import threading
 
 from . import log
 from .complete import Layer
-from .device import Device
+from .device import CONFIGURATION, OPERATIONS, Device, is_async, is_awaitable, refuse_async
 from .errors import ConfigError, OpenError
-from .filter import FilterDevice
+from .filter import Filter, FilterDevice
 from .flags import THREAD_MODEL_NAMES, ThreadModel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Any
 
-    from .filter import Filter
+    from .loop import EventLoop
     from .plugin import Plugin
     from .session import Session
 
@@ -36,6 +42,9 @@ class Chain:
         self.plugin = plugin
         self.filters = list(filters)
         self._loaded: list[Plugin | Filter] = []
+        self._serves = False
+        self._loop: EventLoop | None = None
+        self._loop_lock = threading.Lock()
 
     @property
     def layers(self) -> list[Plugin | Filter]:
@@ -47,10 +56,34 @@ class Chain:
         """The plugin's name, for messages."""
         return self.plugin.name or type(self.plugin).__name__
 
+    # -- coroutines ------------------------------------------------------------------------------
+
+    @property
+    def loop(self) -> EventLoop:
+        """The event loop, made when it is first needed."""
+        with self._loop_lock:
+            if self._loop is None:
+                from .loop import EventLoop
+
+                self._loop = EventLoop()
+                if self._serves:
+                    self._loop.keep()
+            return self._loop
+
+    def _wait(self, awaitable: Any) -> Any:
+        return self.loop.wait(awaitable)
+
+    def _settled(self, answer: Any) -> Any:
+        """What a step of a layer came to."""
+        return self.loop.wait(answer) if is_awaitable(answer) else answer
+
     # -- configuration ---------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Call each layer's `load`, the plugin first."""
+        """Call each layer's `load`, the plugin first. Raises LoadError where it is async."""
+        refuse_async(self.plugin, CONFIGURATION, self.name)
+        for filter in self.filters:
+            refuse_async(filter, vars(Filter), filter.name)
         for layer in reversed(self.layers):
             layer.load()
             self._loaded.append(layer)
@@ -110,21 +143,31 @@ class Chain:
         for layer in reversed(self.layers):
             if workers > 1:
                 layer.worker_count = workers
-            layer.get_ready()
+            self._settled(layer.get_ready())
 
     def after_fork(self) -> None:
         """Call `after_fork`, the plugin first, in the process that serves."""
+        self._serves = True
+        if self._loop is not None:
+            self._loop.keep()
         for layer in reversed(self.layers):
-            layer.after_fork()
+            self._settled(layer.after_fork())
 
     def cleanup(self) -> list[Exception]:
         """Call `cleanup`, outermost first, each whatever the others do; returns what was raised."""
-        return _all(layer.cleanup for layer in self.layers)
+        return _all(self._step(layer.cleanup) for layer in self.layers)
+
+    def _step(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: self._settled(call())
 
     def unload(self) -> list[Exception]:
         """Call `unload` for what was loaded, the plugin first; returns what was raised."""
         loaded, self._loaded = self._loaded, []
-        return _all(layer.unload for layer in loaded)
+        failures = _all(layer.unload for layer in loaded)
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.close()
+        return failures
 
     # -- connections -----------------------------------------------------------------------------
 
@@ -133,7 +176,7 @@ class Chain:
 
         def below(index: int) -> None:
             if index == len(self.filters):
-                self.plugin.preconnect(readonly)
+                self._settled(self.plugin.preconnect(readonly))
             else:
                 self.filters[index].around_preconnect(lambda: below(index + 1), readonly)
 
@@ -149,7 +192,9 @@ class Chain:
 
         def below(index: int) -> Iterable[str | tuple[str, str]]:
             if index == len(self.filters):
-                return self.plugin.list_exports(readonly, is_tls)
+                names: Iterable[str | tuple[str, str]]
+                names = self._settled(self.plugin.list_exports(readonly, is_tls))
+                return names
             return self.filters[index].list_exports(lambda: below(index + 1), readonly, is_tls)
 
         answer = below(0)
@@ -181,7 +226,7 @@ class Chain:
 
         def below(index: int) -> str:
             if index == len(self.filters):
-                return self.plugin.default_export(readonly, is_tls)
+                return self._settled(self.plugin.default_export(readonly, is_tls))  # type: ignore[no-any-return]
             return self.filters[index].default_export(lambda: below(index + 1), readonly, is_tls)
 
         name = below(0)
@@ -199,7 +244,7 @@ class Chain:
     def _may_open(self, first: int, session: Session) -> bool:
         def below(index: int, session: Session) -> bool:
             if index == len(self.filters):
-                return bool(self.plugin.may_open(session))
+                return bool(self._settled(self.plugin.may_open(session)))
             return bool(self.filters[index].may_open(lambda s: below(index + 1, s), session))
 
         try:
@@ -219,10 +264,10 @@ class Chain:
         def open_at(index: int, session: Session) -> Layer:
             if index == len(self.filters):
                 self._check(index, session)
-                device = _opened(self.plugin.open(session), self.name)
+                device = _opened(self._settled(self.plugin.open(session)), self.name)
                 if device.blocking is None and self.plugin.blocking is not None:
                     device.blocking = self.plugin.blocking
-                layer = Layer(device, session, self.name)
+                layer = self._layer(device, session, self.name)
             else:
                 filter = self.filters[index]
                 below: list[Layer] = []
@@ -236,7 +281,7 @@ class Chain:
                     raise OpenError(f"{filter.name}: open did not open the next layer")
                 if device.blocking is None:
                     device.blocking = filter.blocking
-                layer = Layer(device, session, filter.name, below[-1] if below else None)
+                layer = self._layer(device, session, filter.name, below[-1] if below else None)
                 if below:
                     opened.remove(below[-1])
             opened.append(layer)
@@ -250,6 +295,17 @@ class Chain:
             for layer in opened:
                 _all([layer.close])
             raise
+
+    def _layer(
+        self, device: Device, session: Session, where: str, next: Layer | None = None
+    ) -> Layer:
+        if not (device.asynchronous or any(map(is_async, _operations(device)))):
+            return Layer(device, session, where, next, self._wait)
+        if next is not None:
+            raise OpenError(f"{where}: a filter's operations cannot be 'async def'")
+        from .asynchronous import AsyncLayer
+
+        return AsyncLayer(device, session, where, self.loop)
 
     def _check(self, first: int, session: Session) -> None:
         if not self._may_open(first, session):
@@ -266,6 +322,10 @@ def _who(session: Session) -> str:
     if session.peer_uid is not None:
         return f"uid {session.peer_uid}"
     return "this client"
+
+
+def _operations(device: Device) -> Iterable[object]:
+    return (getattr(device, name, None) for name in OPERATIONS)
 
 
 def _opened(device: object, where: str) -> Device:

@@ -9,7 +9,8 @@ the next layer where a filter leaves it alone, or to a closure that applies the 
 - zero by write in bounded pieces where there is no zero or it raises EOPNOTSUPP;
 - cache by read, extents by "all allocated".
 
-Filters see the Layer below them as `next`; the server sees the outermost one.
+Filters see the Layer below them as `next`; the server sees the outermost one. `asynchronous.py` has
+the Layer of a device whose operations are coroutines.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import errno
 from operator import index
 
-from .device import Device
+from .device import Device, is_awaitable
 from .errors import OpenError
 from .extents import Extent, normalise
 from .flags import CacheMode, Flag, Fua, ZeroMode
@@ -44,7 +45,8 @@ MAX_EXTENTS: Final = 1 << 16
 _zeros: list[memoryview] = []
 
 
-def _zero_bytes(count: int) -> memoryview:
+def zero_bytes(count: int) -> memoryview:
+    """Zeros, at most ZERO_PIECE of them."""
     if not _zeros:
         _zeros.append(memoryview(bytes(ZERO_PIECE)))
     return _zeros[0][:count]
@@ -68,7 +70,7 @@ def write_zeros(
     each = fua if each_piece else 0
     while count > 0:
         piece = min(count, ZERO_PIECE)
-        pwrite(_zero_bytes(piece), offset, each)
+        pwrite(zero_bytes(piece), offset, each)
         offset += piece
         count -= piece
         if count and session is not None:
@@ -155,13 +157,22 @@ class Layer:
     block_status: Callable[[str, int, int, int], list[Extent]]
 
     def __init__(
-        self, device: Device, session: Session, where: str, next: Layer | None = None
+        self,
+        device: Device,
+        session: Session,
+        where: str,
+        next: Layer | None = None,
+        wait: Callable[[Any], Any] | None = None,
     ) -> None:
-        """`device` is a plugin's (`next` None) or a filter's; `where` names it in errors."""
+        """`device` is a plugin's (`next` None) or a filter's; `where` names it in errors.
+
+        `wait` runs what the device's questions and its `close` return to await (`EventLoop.wait`).
+        """
         self.device = device
         self.session = session
         self.where = where
         self.next = next
+        self._wait = wait
         self._answers: dict[str, Any] = {}
 
     # -- what the device has ---------------------------------------------------------------------
@@ -183,12 +194,18 @@ class Layer:
             pass
         question = self.own(name)
         if question is not None:
-            answer = check(question())
+            answer = check(self._settled(question()))
         elif self.next is not None:
             answer = getattr(self.next, name)()
         else:
             answer = rule()
         self._answers[name] = answer
+        return answer
+
+    def _settled(self, answer: Any) -> Any:
+        """What a question of the device's came to, which may be `async def`."""
+        if self._wait is not None and is_awaitable(answer):
+            return self._wait(answer)
         return answer
 
     def _has(self, *names: str) -> Callable[[], bool]:
@@ -324,6 +341,11 @@ class Layer:
         self._bind_writes()
         return self._answers["can_fua"]  # type: ignore[no-any-return]
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether there are coroutines at the bottom (`asynchronous.coroutines` has them)."""
+        return self.next is not None and self.next.asynchronous
+
     def may_block(self) -> bool | None:
         """Whether calls may wait, of this layer and those below: the worst of them."""
         below = self.next.may_block() if self.next is not None else False
@@ -351,8 +373,9 @@ class Layer:
     def close(self) -> None:
         """Close the device, then the layers below, each once, whatever one of them raises."""
         try:
-            if self.own("close") is not None:
-                self.device.close()
+            close = self.own("close")
+            if close is not None:
+                self._settled(close())
         finally:
             if self.next is not None:
                 self.next.close()
@@ -476,27 +499,30 @@ class Layer:
         if "can_fua" in self._answers:
             return
         if not self.can_write():
-            self.pwrite = self.trim = self.zero = _read_only
+            self.pwrite = self.trim = self.zero = read_only
             self._answers["can_fua"] = Fua.NONE
             return
         # Asked even where this layer has its own answer: what is below must be sound at open.
         below = self.next.can_fua() if self.next is not None else Fua.NONE
         if self.next is not None and self.own("can_fua") is None:
             # A flag is handed down as it is: the layer below keeps it, by whatever means.
-            binder = _WriteBinder(self, Fua.NATIVE if below else Fua.NONE, carries=True)
+            binder = self._write_binder(Fua.NATIVE if below else Fua.NONE, carries=True)
             self.pwrite, self.trim, self.zero = binder.bind()
             self._answers["can_fua"] = below
         else:
-            binder = _WriteBinder(self, self._fua_answer(), self.device.carries_fua)
+            binder = self._write_binder(self._fua_answer(), self.device.carries_fua)
             self.pwrite, self.trim, self.zero = binder.bind()
             self._answers["can_fua"] = binder.offered
+
+    def _write_binder(self, mode: Any, carries: bool) -> WriteBinder:
+        return WriteBinder(self, mode, carries)
 
     def _fua_answer(self) -> Any:
         """What the device's own can_fua says (`None`: it has none), checked."""
         question = self.own("can_fua")
         if question is None:
             return None
-        answer = question()
+        answer = self._settled(question())
         if isinstance(answer, bool):
             return answer
         if answer not in (Fua.NONE, Fua.EMULATE, Fua.NATIVE) or not isinstance(answer, int):
@@ -507,11 +533,12 @@ class Layer:
         return int(answer)
 
 
-def _read_only(*_: object) -> None:
+def read_only(*_: object) -> None:
+    """What pwrite, trim and zero are where nothing may be written."""
     raise OSError(errno.EROFS, "this export is read-only")
 
 
-class _WriteBinder:
+class WriteBinder:
     """The contract's FUA table for one layer: which mode each operation has, and its closure."""
 
     def __init__(self, layer: Layer, mode: Any, carries: bool) -> None:
@@ -538,6 +565,7 @@ class _WriteBinder:
     def bind(
         self,
     ) -> tuple[_Write, _Range, _Range]:
+        """pwrite, trim and zero. Raises OpenError where FUA would be offered on hope."""
         layer = self.layer
         if self.pwrite is None and self.pwrite_fua is None:
             raise OpenError(f"{layer.where}: can_write is true, but there is no pwrite")

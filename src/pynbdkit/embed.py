@@ -18,8 +18,9 @@ from .plugin import Plugin
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
     from types import TracebackType
+    from typing import Any
 
     from .filter import Filter
     from .server.server import Server
@@ -58,9 +59,11 @@ class _Devices(Plugin):
             return _Shared(self._source)
         return self._source()
 
-    def cleanup(self) -> None:
+    def cleanup(self) -> Awaitable[None] | None:
         if isinstance(self._source, Device) and type(self._source).close is not Device.close:
-            self._source.close()
+            closing: Any = self._source.close
+            return closing()  # type: ignore[no-any-return]
+        return None
 
 
 class _Shared(Device):
@@ -69,6 +72,7 @@ class _Shared(Device):
     def __init__(self, device: Device) -> None:
         self.blocking = device.blocking
         self.carries_fua = device.carries_fua
+        self.asynchronous = device.asynchronous
         for name in dir(device):
             method = getattr(device, name)
             own = getattr(method, "__func__", method) is not getattr(Device, name, None)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 
+from .device import CONFIGURATION, refuse_async
 from .errors import LoadError
 from .log import describe
 
@@ -123,6 +124,7 @@ def _make(kind: type, where: str, name: str) -> Any:
     except Exception as failure:
         raise LoadError(f"{where}: {kind.__name__}: {describe(failure)}") from None
     made.name = made.name or name
+    refuse_async(made, CONFIGURATION, where)
     return made
 
 

@@ -19,6 +19,8 @@ verbose = False
 program = "pynbdkit"
 flags: dict[str, int] = {}
 """Debug flags by name (-D NAME.FLAG=N)."""
+find_name: Callable[[], str] | None = None
+"""Finds what the running coroutine's messages are about (`loop.py` sets it)."""
 _local = threading.local()
 _lock = threading.Lock()
 _seen: set[object] = set()
@@ -65,14 +67,14 @@ def set_name(name: str) -> None:
 
 
 def name() -> str:
-    """What `set_name` was told in this thread; "" where it was not."""
+    """What the messages of the running thread or coroutine are about; "": the server itself."""
     found: str = getattr(_local, "name", "")
-    return found
+    return found or (find_name() if find_name is not None else "")
 
 
 def _prefix() -> str:
-    about = name()
-    return f"{program}: {about}: " if about else f"{program}: "
+    found = name()
+    return f"{program}: {found}: " if found else f"{program}: "
 
 
 def error(message: str) -> None:

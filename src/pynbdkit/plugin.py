@@ -4,6 +4,8 @@ The life of a plugin, in order (plugin-contract.md, "Life"):
 `load` → `config(key, value)` … → `config_complete` → `thread_model` is read → `get_ready` →
 `after_fork` → for each connection: `preconnect` → `list_exports`/`default_export` → `open` →
 the device's life → `close` → at the end `cleanup` → `unload`.
+From `get_ready` to `cleanup` each may be `async def`: it is run on the server's event loop, and
+waited for.
 A step that raises stops the server (from preconnect on: that one connection) with one line.
 """
 
@@ -15,7 +17,7 @@ from .parameters import Configurable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Awaitable, Iterable
 
     from .device import Device
     from .session import Session
@@ -52,27 +54,33 @@ class Plugin(Configurable):
     def config_complete(self) -> None:
         """All parameters are there, the required ones checked: look at them together."""
 
-    def get_ready(self) -> None:
+    def get_ready(self) -> Awaitable[None] | None:
         """Before the server forks into the background: open files here. No threads yet."""
 
-    def after_fork(self) -> None:
+    def after_fork(self) -> Awaitable[None] | None:
         """In the process that serves: start threads and connections to others here."""
 
-    def cleanup(self) -> None:
+    def cleanup(self) -> Awaitable[None] | None:
         """The server stops; no client is left."""
 
-    def preconnect(self, readonly: bool) -> None:
+    def preconnect(self, readonly: bool) -> Awaitable[None] | None:
         """A client has connected; raise to refuse it."""
 
-    def list_exports(self, readonly: bool, is_tls: bool) -> Iterable[str | tuple[str, str]]:
+    def list_exports(
+        self, readonly: bool, is_tls: bool
+    ) -> Iterable[str | tuple[str, str]] | Awaitable[Iterable[str | tuple[str, str]]]:
         """Names, or (name, description) pairs. Default: the default export alone."""
-        return [self.default_export(readonly, is_tls)]
+        from .device import then
 
-    def default_export(self, readonly: bool, is_tls: bool) -> str:
+        names: list[str] | Awaitable[list[str]]
+        names = then(self.default_export(readonly, is_tls), lambda name: [name])
+        return names
+
+    def default_export(self, readonly: bool, is_tls: bool) -> str | Awaitable[str]:
         """What a client that asks for "" gets."""
         return ""
 
-    def may_open(self, session: Session) -> bool:
+    def may_open(self, session: Session) -> bool | Awaitable[bool]:
         """Whether this client may open the export `session.export_name`. Default: yes.
 
         The name is the canonical one (what `default_export` says, where the client sent ""), and
@@ -84,7 +92,7 @@ class Plugin(Configurable):
         """
         return True
 
-    def open(self, session: Session) -> Device:
+    def open(self, session: Session) -> Device | Awaitable[Device]:
         """A Device for this connection. Raise OSError or OpenError to refuse it."""
         raise NotImplementedError(f"{type(self).__name__} has no open()")
 

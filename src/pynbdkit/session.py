@@ -1,7 +1,7 @@
 """Session: what is known of a connection when a device is opened for it.
 
-`current()` finds the session of the running thread, for code that gets no argument (the `nbdkit`
-module of scripts: `export_name()`, `is_tls()`, `peer_name()` …).
+`current()` finds the session of the running thread, or of the running coroutine, for code that gets
+no argument (the `nbdkit` module of scripts: `export_name()`, `is_tls()`, `peer_name()` …).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 _local = threading.local()
+find_session: Callable[[], Session | None] | None = None
+"""Finds the session of the running coroutine, where there are coroutines (`loop.py` sets it)."""
 stops: list[Callable[[], None]] = []
 """`stop` of every server of this process, for code that runs outside of any connection."""
 stdio_is_taken = False
@@ -137,8 +139,11 @@ class Session:
 
 
 def current() -> Session | None:
-    """The session that the running thread works for; None outside a connection."""
-    return getattr(_local, "session", None)
+    """The session that the running thread or coroutine works for; None outside a connection."""
+    session: Session | None = getattr(_local, "session", None)
+    if session is None and find_session is not None:
+        return find_session()
+    return session
 
 
 def shutdown() -> None:

@@ -313,7 +313,8 @@ def test_payloads_are_let_go(opened: Any) -> None:
 
 def test_a_fast_zero_of_version_1(built: Built) -> None:
     """Version 1 cannot be told to be fast: it fails at once, and nothing is called."""
-    found = pynbdkit.load_plugin(str(built("disk", "-DNBDKIT_API_VERSION=1"))).open(Session())
+    plugin = pynbdkit.load_plugin(str(built("disk", "-DNBDKIT_API_VERSION=1")))
+    found: Any = plugin.open(Session())
     found.pwrite(b"x" * 512, 0, 0)
     with pytest.raises(OSError, match="no fast zero") as caught:
         found.zero(512, 0, 8)

@@ -588,7 +588,7 @@ def test_debug_flags(built: Built, peer: str, tmp_path: Path) -> None:
 def test_lists_leave_nothing(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     """The list that a plugin fills is freed."""
     monkeypatch.delenv("LIFE_LOG", raising=False)
-    plugin = pynbdkit.load_plugin(str(built("life")))
+    plugin: Any = pynbdkit.load_plugin(str(built("life")))
 
     def resident() -> int:
         with open("/proc/self/statm") as file:

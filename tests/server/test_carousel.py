@@ -786,7 +786,7 @@ def test_a_connection_without_memory_ends_alone(
         def fail() -> None:
             raise MemoryError
 
-        monkeypatch.setattr(first._transmission._receiver.parser, "requests", fail)
+        monkeypatch.setattr(first._transmission.receiver.parser, "requests", fail)
         client.ask(READ, 8, 8, 512)
         assert client.at_end()
         until(lambda: running.connections == 2)

@@ -20,6 +20,7 @@ import pynbdkit
 from pynbdkit import Device, Filter, FilterDevice, Plugin, RunningServer, Session
 from pynbdkit.complete import Layer
 from pynbdkit.server import transmission as transmission_module
+from pynbdkit.server.crew import Crew
 from pynbdkit.server.transmission import Transmission
 from pynbdkit.server.watch import Watch
 from pynbdkit.session import current
@@ -699,7 +700,7 @@ def test_many_changes_leave_no_threads_behind() -> None:
         (connection,) = server._server._connections
         assert connection._transmission is not None
         crew = connection._transmission._crew
-        assert crew is not None
+        assert isinstance(crew, Crew)
         assert len(crew._threads) <= 2 * 2 + 1  # nor what is left of them
     assert threading.active_count() <= before
 

@@ -590,7 +590,7 @@ def test_long_answers_that_are_not_read_do_not_pile_up(server: RunningServer, di
         (served,) = server._server._connections
         transmission = served._transmission
         assert transmission is not None
-        waiting = sum(map(len, transmission._runner.ready))
+        waiting = sum(map(len, transmission.runner.ready))
         assert waiting < 2 << 20
         assert 1 <= len(disk.calls) < 100
 

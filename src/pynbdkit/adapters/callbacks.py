@@ -6,7 +6,8 @@ call, EIO where it gave none (whatever the exception is, so that an OSError of s
 passes for the disk's answer). The log gets the exception, with the script's own traceback.
 
 A callback is called from a closure that binds the connection's handle. What `set_error` was told
-waits in `pending`, by thread; that it is nearly always empty makes looking cheap.
+waits in `pending`, by thread; that it is nearly always empty makes looking cheap. Callbacks that
+are `async def` have their own forms, in `coroutines.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import errno
 from _thread import get_ident
 
 from .. import log
+from ..device import is_async, then
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,27 +28,40 @@ if TYPE_CHECKING:
 pending: dict[int, int] = {}
 """What `nbdkit.set_error` was told, by thread, until the callback that runs there ends."""
 
+find_told: Callable[[], list[int] | None] = lambda: None  # noqa: E731
+"""Finds where a running coroutine's set_error puts it (`coroutines.py` sets this)."""
+
+
+def set_error(number: int) -> None:
+    """The errno of the exception that the running callback is about to raise."""
+    told = find_told()
+    if told is not None:
+        told.append(number)
+    else:
+        pending[get_ident()] = number
+
 
 def forget() -> None:
     """A new call begins: what an earlier one gave to set_error does not count."""
     pending.pop(get_ident(), None)
 
 
-def failed(failure: BaseException) -> BaseException:
+def failed(failure: BaseException, told: int | None = None) -> BaseException:
     """What to raise for an exception that a callback raised: ``raise failed(x) from cause(x)``.
 
-    Its traceback begins with the script's frames. An exception that says nothing of an errno, and
-    means EIO by itself, is returned as it is.
+    `told`: what a coroutine gave to set_error (0: nothing); None: it is not one. The traceback
+    begins with the script's frames. An exception that says nothing of an errno, and means EIO by
+    itself, is returned as it is.
     """
-    number = pending.pop(get_ident(), 0)
+    number = pending.pop(get_ident(), 0) if told is None else told
     traceback = failure.__traceback__
     script_frames = traceback.tb_next if traceback is not None else None
     if isinstance(failure, KeyboardInterrupt):
         return failure
     means_eio = isinstance(failure, Exception) and not isinstance(failure, (OSError, MemoryError))
     if number or not means_eio:
-        told = f" (set_error: {errno.errorcode.get(number, number)})" if number else ""
-        error = OSError(number or errno.EIO, f"{_words(failure)}{told}")
+        why = f" (set_error: {errno.errorcode.get(number, number)})" if number else ""
+        error = OSError(number or errno.EIO, f"{_words(failure)}{why}")
         return error.with_traceback(script_frames)
     return failure.with_traceback(script_frames)
 
@@ -66,6 +81,10 @@ def cause(failure: BaseException) -> BaseException | None:
 
 def calling(call: Callable[..., Any], handle: Any) -> Callable[..., Any]:
     """A closure that calls a callback with the connection's handle and what it is given itself."""
+    if is_async(call):
+        from . import coroutines
+
+        return coroutines.calling(call, handle)
 
     def called(*arguments: Any) -> Any:
         if pending:
@@ -107,7 +126,7 @@ def questions(
 def _checked(
     ask: Callable[[], Any], check: Callable[[Any, str], Any], where: str
 ) -> Callable[[], Any]:
-    return lambda: check(ask(), where)
+    return lambda: then(ask(), lambda answer: check(answer, where))
 
 
 def _truth(answer: Any, where: str) -> bool:

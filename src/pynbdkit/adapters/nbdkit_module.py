@@ -1,15 +1,15 @@
 """The module that scripts get by ``import nbdkit``.
 
 It has everything of nbdkit-python-plugin(3), and the functions that newer versions of it have. The
-functions that speak of the client find its connection by the running thread, so they work in the
-callbacks from `preconnect` to `close`, in the thread that was called. A text that cannot be parsed
-raises ValueError, an argument of a wrong type TypeError, a question without an answer RuntimeError.
+functions that speak of the client find its connection by the running thread or coroutine, so they
+work in the callbacks from `preconnect` to `close`, in the thread that was called. A text that
+cannot be parsed raises ValueError, an argument of a wrong type TypeError, a question without an
+answer RuntimeError.
 """
 
 from __future__ import annotations
 
 import errno as _errno
-from _thread import get_ident as _get_ident
 from operator import index as _index
 
 from .. import extents as _extents
@@ -20,7 +20,7 @@ from ..flags import CacheMode as _CacheMode
 from ..flags import Flag as _Flag
 from ..flags import Fua as _Fua
 from ..flags import ThreadModel as _ThreadModel
-from .callbacks import pending as _pending
+from .callbacks import set_error as _set_error
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ EXTENT_ZERO = _extents.ZERO
 
 def set_error(err: int) -> None:
     """Say which errno the exception stands for that this callback is about to raise."""
-    _pending[_get_ident()] = _index(err)
+    _set_error(_index(err))
 
 
 def debug(msg: str) -> None:

@@ -16,6 +16,7 @@ import sys
 from types import ModuleType
 
 from .. import log
+from ..device import CONFIGURATION, is_async, then
 from ..errors import ConfigError, LoadError, OpenError, PynbdkitError
 from ..flags import ThreadModel
 from ..plugin import Plugin
@@ -24,7 +25,7 @@ from .callbacks import calling, forget
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
     from typing import Any
 
     from ..device import Device
@@ -151,6 +152,7 @@ class ScriptPlugin(Plugin):
                 f"{self.path}: not a plugin: it defines neither a subclass of pynbdkit.Plugin"
                 " nor the functions open, get_size and pread"
             )
+        self._check_async()
         if missing:
             raise LoadError(
                 f"{self.path}: no function {', '.join(missing)}"
@@ -167,6 +169,15 @@ class ScriptPlugin(Plugin):
                 f" {form}: {way_out}"
             )
 
+    def _check_async(self) -> None:
+        """Version 1 knows no `async def`, and what runs before the server cannot be it."""
+        for name in self.callbacks():
+            if is_async(self._function(name)):
+                if self.api_version == 1:
+                    raise LoadError(f"{self.path}: 'async def {name}' needs API_VERSION = 2")
+                if name in (*CONFIGURATION, "thread_model"):
+                    raise LoadError(f"{self.path}: {name} cannot be 'async def'")
+
     def _function(self, name: str) -> Callable[..., Any] | None:
         """The script's function of this name; something that cannot be called is not one."""
         value = self._names.get(name)
@@ -178,18 +189,29 @@ class ScriptPlugin(Plugin):
         if function is None:
             return None
         forget()
+        if is_async(function):
+            return self._async_step(function, name)
         try:
             return function(*arguments)
-        except KeyboardInterrupt:
-            raise
         except BaseException as failure:
-            if not name.startswith("config"):
-                raise PynbdkitError(_one_line(self.path, self._file, name, failure)) from None
-            # What a script says of a parameter is for the user: its text is the message.
-            step = f"parameter '{arguments[0]}'" if arguments else ""
-            plain = (RuntimeError, ValueError, Exception)
-            text = _one_line(self.path, self._file, step, failure, plain)
-            raise ConfigError(text) from None
+            raise self._failed_step(failure, name, *arguments) from None
+
+    async def _async_step(self, function: Callable[..., Any], name: str) -> None:
+        try:
+            await function()
+        except BaseException as failure:
+            raise self._failed_step(failure, name) from None
+
+    def _failed_step(self, failure: BaseException, name: str, *arguments: Any) -> BaseException:
+        """What to raise for what a step raised."""
+        if isinstance(failure, KeyboardInterrupt):
+            return failure
+        if not name.startswith("config"):
+            return PynbdkitError(_one_line(self.path, self._file, name, failure))
+        # What a script says of a parameter is for the user: its text is the message.
+        step = f"parameter '{arguments[0]}'" if arguments else ""
+        plain = (RuntimeError, ValueError, Exception)
+        return ConfigError(_one_line(self.path, self._file, step, failure, plain))
 
     # -- the server's life -----------------------------------------------------------------------
 
@@ -227,17 +249,17 @@ class ScriptPlugin(Plugin):
         declared: bool = self._names.get("forkable", False)
         return declared
 
-    def get_ready(self) -> None:
+    def get_ready(self) -> Awaitable[None] | None:
         """Call the script's function of this name."""
-        self._step("get_ready")
+        return self._step("get_ready")  # type: ignore[no-any-return]
 
-    def after_fork(self) -> None:
+    def after_fork(self) -> Awaitable[None] | None:
         """Call the script's function of this name."""
-        self._step("after_fork")
+        return self._step("after_fork")  # type: ignore[no-any-return]
 
-    def cleanup(self) -> None:
+    def cleanup(self) -> Awaitable[None] | None:
         """Call the script's function of this name."""
-        self._step("cleanup")
+        return self._step("cleanup")  # type: ignore[no-any-return]
 
     def callbacks(self) -> list[str]:
         """The callbacks that the script has and that its API version knows."""
@@ -250,24 +272,30 @@ class ScriptPlugin(Plugin):
 
     # -- connections -----------------------------------------------------------------------------
 
-    def preconnect(self, readonly: bool) -> None:
+    def preconnect(self, readonly: bool) -> Awaitable[None] | None:
         """Ask the script whether it wants this client."""
         function = self._function("preconnect")
-        if function is not None:
-            calling(function, readonly)()
+        return None if function is None else calling(function, readonly)()
 
-    def list_exports(self, readonly: bool, is_tls: bool) -> Iterable[str | tuple[str, str]]:
+    def list_exports(
+        self, readonly: bool, is_tls: bool
+    ) -> Iterable[str | tuple[str, str]] | Awaitable[Iterable[str | tuple[str, str]]]:
         """What the script offers; without the function: its default export."""
         function = self._function("list_exports")
         if function is None:
             return super().list_exports(readonly, is_tls)
+        if is_async(function):
+            return then(calling(function, readonly)(is_tls), self._exports)  # type: ignore[no-any-return]
 
         def exports(*arguments: bool) -> Any:
             answer = function(*arguments)
             iterable = hasattr(answer, "__iter__") and not isinstance(answer, str)
             return list(answer) if iterable else answer
 
-        answer = calling(exports, readonly)(is_tls)
+        return self._exports(calling(exports, readonly)(is_tls))
+
+    def _exports(self, answer: Any) -> list[tuple[str, str]]:
+        """What list_exports returned, checked."""
         result = []
         for item in answer if isinstance(answer, list) else [None]:
             pair = (item, "") if isinstance(item, str) else item
@@ -284,20 +312,25 @@ class ScriptPlugin(Plugin):
             result.append((pair[0], pair[1] or ""))
         return result
 
-    def default_export(self, readonly: bool, is_tls: bool) -> str:
+    def default_export(self, readonly: bool, is_tls: bool) -> str | Awaitable[str]:
         """The export that "" stands for."""
         function = self._function("default_export")
         if function is None:
             return super().default_export(readonly, is_tls)
-        name = calling(function, readonly)(is_tls)
-        if not isinstance(name, str):
-            raise OpenError(f"{self.path}: default_export returned {name!r}, not a text")
-        return name
 
-    def open(self, session: Session) -> Device:
+        def checked(name: object) -> str:
+            if not isinstance(name, str):
+                raise OpenError(f"{self.path}: default_export returned {name!r}, not a text")
+            return name
+
+        return then(calling(function, readonly)(is_tls), checked)  # type: ignore[no-any-return]
+
+    def open(self, session: Session) -> Device | Awaitable[Device]:
         """Call the script's open, and adapt its callbacks to a Device over what that returned."""
-        function = self._names["open"]
-        handle = calling(function, session.readonly)()
+        opened = calling(self._names["open"], session.readonly)()
+        return then(opened, self._device)  # type: ignore[no-any-return]
+
+    def _device(self, handle: Any) -> Device:
         functions = {name: self._names[name] for name in self.callbacks()}
         device: Device = VERSIONS[self.api_version].device(functions, handle, self.path)
         return device

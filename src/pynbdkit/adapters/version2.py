@@ -12,6 +12,8 @@
 
 What the others return is ignored. The draft's `_fua` callbacks do not exist in this version.
 The flags are those of a native `Device`, so they are passed on as they are.
+
+Where one of these is `async def`, all of them run on the event loop (`coroutines.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import errno
 from operator import index
 
-from ..device import Device
+from ..device import Device, is_async
 from .callbacks import QUESTIONS, calling, cause, failed, forget, pending, questions
 
 TYPE_CHECKING = False
@@ -44,9 +46,18 @@ def device(functions: Functions, handle: Any, where: str) -> Device:
     opened = Version2Device()
     have = vars(opened)
     have.update(questions(functions, QUESTIONS, handle, where))
-    for name in (*OPERATIONS, "close"):
-        if name in functions:
-            have[name] = _BINDERS.get(name, calling)(functions[name], handle)
+    there = [name for name in OPERATIONS if name in functions]
+    binders: dict[str, Callable[..., Any]] = _BINDERS
+    other: Callable[..., Any] = calling
+    if any(is_async(functions[name]) for name in there):
+        from . import coroutines
+
+        opened.asynchronous = True
+        binders, other = coroutines.BINDERS, coroutines.calling
+    for name in there:
+        have[name] = binders.get(name, other)(functions[name], handle)
+    if "close" in functions:
+        have["close"] = calling(functions["close"], handle)
     return opened
 
 

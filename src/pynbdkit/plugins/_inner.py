@@ -13,7 +13,7 @@ from ..plugin import Plugin
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Awaitable, Iterable
     from typing import ClassVar
 
     from ..device import Device
@@ -98,27 +98,29 @@ class InnerPlugin(Plugin):
         """As the other plugin has it; so are all of the following."""
         self.inner.config_complete()
 
-    def get_ready(self) -> None:
+    def get_ready(self) -> Awaitable[None] | None:
         self.inner.worker_count = self.worker_count
-        self.inner.get_ready()
+        return self.inner.get_ready()
 
-    def after_fork(self) -> None:
-        self.inner.after_fork()
+    def after_fork(self) -> Awaitable[None] | None:
+        return self.inner.after_fork()
 
-    def cleanup(self) -> None:
-        self.inner.cleanup()
+    def cleanup(self) -> Awaitable[None] | None:
+        return self.inner.cleanup()
 
-    def preconnect(self, readonly: bool) -> None:
-        self.inner.preconnect(readonly)
+    def preconnect(self, readonly: bool) -> Awaitable[None] | None:
+        return self.inner.preconnect(readonly)
 
-    def list_exports(self, readonly: bool, is_tls: bool) -> Iterable[str | tuple[str, str]]:
+    def list_exports(
+        self, readonly: bool, is_tls: bool
+    ) -> Iterable[str | tuple[str, str]] | Awaitable[Iterable[str | tuple[str, str]]]:
         return self.inner.list_exports(readonly, is_tls)
 
-    def default_export(self, readonly: bool, is_tls: bool) -> str:
+    def default_export(self, readonly: bool, is_tls: bool) -> str | Awaitable[str]:
         return self.inner.default_export(readonly, is_tls)
 
-    def may_open(self, session: Session) -> bool:
+    def may_open(self, session: Session) -> bool | Awaitable[bool]:
         return self.inner.may_open(session)
 
-    def open(self, session: Session) -> Device:
+    def open(self, session: Session) -> Device | Awaitable[Device]:
         return self.inner.open(session)

@@ -64,6 +64,14 @@ class Crew:
         self._calls = 0
         self._seconds = 0.0
 
+    @property
+    def reads(self) -> bool:
+        """Whether it receives requests by itself."""
+        return False
+
+    def read(self) -> None:
+        """It does not."""
+
     def dispatch(self, requests: Sequence[Request | None], grouped: bool = True) -> None:
         """Queue requests, waiting while too much is in flight. Raises Disconnect for DISC.
 

@@ -96,10 +96,13 @@ class Receiver:
     def receive_what_is_there(self) -> list[Request]:
         """The requests that are complete by now, perhaps none, without waiting.
 
-        Raises Disconnect at the end, OSError. For a `plain` socket, when `leftover` was received.
+        Raises Disconnect at the end, OSError. For a `plain` socket.
         """
-        self._may_go_on()
         parser = self.parser
+        if self._first:
+            self._first = False
+            return parser.requests()
+        self._may_go_on()
         try:
             count = self._sock.recv_into(parser.space(), 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -111,6 +114,11 @@ class Receiver:
         if not requests:
             self._may_go_on()  # no more will come, where they cannot be understood
         return requests
+
+    def shrink(self) -> None:
+        """Nothing comes: give the large buffer back."""
+        self.parser.shrink()
+        self.parser.space()
 
     @property
     def expects_much(self) -> bool:

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from typing import Any, Final
 
     from ..complete import Layer
+    from ..extents import Extent
     from ..protocol.negotiated import Negotiated
     from ..protocol.requests import Request
     from .crew import Crew
@@ -87,11 +88,12 @@ class Runner:
         self._name = name
         self._extended = negotiated.extended_headers
         self._structured = negotiated.structured_replies
-        self._contexts = dict(negotiated.contexts)
+        self.contexts = dict(negotiated.contexts)
+        """The metadata contexts, by ID."""
         self._size = layer.get_size()
         self._can_write = layer.can_write()
         self._can_fua = layer.can_fua() != Fua.NONE
-        self._rules = Rules(layer, self._structured, self._contexts)
+        self._rules = Rules(layer, self._structured, self.contexts)
         self._group = layer.pwrite_group()
         self.ready: list[Any] = []
         """Replies that are to be sent: headers and payloads, in order."""
@@ -142,7 +144,7 @@ class Runner:
                         ) != count:
                             data = exactly(data, count)
                     except BaseException as failure:  # a script may even call sys.exit()
-                        self._fail(kind, cookie, offset, count, failure)
+                        self.fail(kind, cookie, offset, count, failure)
                         continue
                     if not structured:
                         ready += (pack_simple(SIMPLE_REPLY_MAGIC, 0, cookie), data)
@@ -182,7 +184,7 @@ class Runner:
                     try:
                         pwrite(payload, offset, flags << 1)  # CMD_FLAG_FUA is 1, Flag.FUA is 2
                     except BaseException as failure:  # a script may even call sys.exit()
-                        self._fail(kind, cookie, offset, count, failure)
+                        self.fail(kind, cookie, offset, count, failure)
                         continue
                     if extended:
                         ready.append(pack_chunk(EXTENDED_REPLY_MAGIC, 1, 0, cookie, offset, 0))
@@ -250,12 +252,37 @@ class Runner:
         payload: memoryview | None,
     ) -> int:
         """Run one request and put its reply on `ready`; returns the bytes of data in it."""
-        contexts: Iterable[int] = self._contexts
+        accepted = self.accept(flags, kind, cookie, offset, count, payload)
+        if accepted is None:
+            return 0
+        flags, count, contexts = accepted
+        try:
+            if kind == CMD_BLOCK_STATUS:
+                return self._status(flags, cookie, offset, count, contexts)
+            return self._call(flags, kind, cookie, offset, count, payload)
+        except BaseException as failure:
+            self.fail(kind, cookie, offset, count, failure)
+            return 0
+
+    def accept(
+        self,
+        flags: int,
+        kind: int,
+        cookie: int,
+        offset: int,
+        count: int,
+        payload: memoryview | None,
+    ) -> tuple[int, int, Iterable[int]] | None:
+        """Check a request: its flags, its length, and the contexts that it asks for (a status).
+
+        None where it must be refused, and is. Raises Disconnect for DISC.
+        """
+        contexts: Iterable[int] = self.contexts
         if flags & CMD_FLAG_PAYLOAD_LEN and kind == CMD_BLOCK_STATUS and self._extended:
             found = self._rules.filtered(payload)
             if found is None:
                 self._refuse(kind, cookie, offset, count, NBD_EINVAL, "no valid list of contexts")
-                return 0
+                return None
             flags &= ~CMD_FLAG_PAYLOAD_LEN
             count, contexts = found
         refused = self._rules.check(flags, kind, offset, count, payload)
@@ -269,14 +296,8 @@ class Runner:
                 f" flags {flags:#x}: {why}"
             )
             self._refuse(kind, cookie, offset, count, error, why)
-            return 0
-        try:
-            if kind == CMD_BLOCK_STATUS:
-                return self._status(flags, cookie, offset, count, contexts)
-            return self._call(flags, kind, cookie, offset, count, payload)
-        except BaseException as failure:
-            self._fail(kind, cookie, offset, count, failure)
-            return 0
+            return None
+        return flags, count, contexts
 
     def _call(
         self,
@@ -291,18 +312,7 @@ class Runner:
         layer = self._layer
         fua = Flag.FUA if flags & CMD_FLAG_FUA else 0
         if kind == CMD_READ:
-            found = layer.unchecked_pread(count, offset, 0)
-            data = exactly(found, count)
-            at = offset if self._extended else None
-            if not self._structured:
-                header = SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
-            elif count >= HOLE_PAYS and type(found) is not memoryview and _is_zero(data, count):
-                self.ready.append(encode_hole(cookie, offset, count, at=at))
-                return 0
-            else:
-                header = encode_data(cookie, offset, count, at=at)
-            self.ready += (header, data)
-            return count
+            return self.put_data(cookie, offset, count, layer.unchecked_pread(count, offset, 0))
         if kind == CMD_WRITE:
             layer.pwrite(payload, offset, fua)
         elif kind == CMD_FLUSH:
@@ -315,8 +325,26 @@ class Runner:
             may_trim = 0 if flags & CMD_FLAG_NO_HOLE else Flag.MAY_TRIM
             fast = Flag.FAST_ZERO if flags & CMD_FLAG_FAST_ZERO else 0
             layer.zero(count, offset, fua | may_trim | fast)
-        self.ready.append(self._done(cookie, offset))
+        self.put_done(cookie, offset)
         return 0
+
+    def put_data(self, cookie: int, offset: int, count: int, found: Any) -> int:
+        """Put a read's reply on `ready`; returns the bytes of data in it. Raises OSError."""
+        data = exactly(found, count)
+        at = offset if self._extended else None
+        if not self._structured:
+            header = SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
+        elif count >= HOLE_PAYS and type(found) is not memoryview and _is_zero(data, count):
+            self.ready.append(encode_hole(cookie, offset, count, at=at))
+            return 0
+        else:
+            header = encode_data(cookie, offset, count, at=at)
+        self.ready += (header, data)
+        return count
+
+    def put_done(self, cookie: int, offset: int) -> None:
+        """Put the reply on `ready` that says no more than that it is done."""
+        self.ready.append(self._done(cookie, offset))
 
     def _status(
         self, flags: int, cookie: int, offset: int, count: int, contexts: Iterable[int]
@@ -324,22 +352,30 @@ class Runner:
         """Put a block status on `ready`: a chunk for each context; returns its bytes."""
         layer = self._layer
         one = Flag.REQ_ONE if flags & CMD_FLAG_REQ_ONE else 0
+        found: list[tuple[int, Sequence[Extent]]] = []
+        for number in contexts:
+            name = self.contexts[number]
+            if name == CONTEXT_BASE_ALLOCATION:
+                found.append((number, layer.extents(count, offset, one)))
+            else:
+                found.append((number, layer.block_status(name, count, offset, one)))
+        return self.put_status(cookie, offset, found)
+
+    def put_status(
+        self, cookie: int, offset: int, found: Sequence[tuple[int, Sequence[Extent]]]
+    ) -> int:
+        """Put on `ready` what was found for each context, by ID; returns its bytes."""
         at = offset if self._extended else None
         chunks: list[bytes] = []
-        wanted = list(contexts)
-        for number in wanted:
-            name = self._contexts[number]
-            if name == CONTEXT_BASE_ALLOCATION:
-                extents = layer.extents(count, offset, one)
-            else:
-                extents = layer.block_status(name, count, offset, one)
+        for number, extents in found:
             pairs = [(extent[1], extent[2]) for extent in extents]
-            last = number == wanted[-1]
+            last = number == found[-1][0]
             try:
                 chunks.append(encode_status(cookie, number, pairs, last, at))
             except OverflowError:
                 raise OSError(
-                    errno.EOVERFLOW, f"{name}: its flags need extended headers (64 bits)"
+                    errno.EOVERFLOW,
+                    f"{self.contexts[number]}: its flags need extended headers (64 bits)",
                 ) from None
         self.ready.append(b"".join(chunks))
         return len(self.ready[-1])
@@ -350,9 +386,7 @@ class Runner:
             return EXTENDED_CHUNK.pack(EXTENDED_REPLY_MAGIC, 1, 0, cookie, offset, 0)
         return SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
 
-    def _fail(
-        self, kind: int, cookie: int, offset: int, count: int, failure: BaseException
-    ) -> None:
+    def fail(self, kind: int, cookie: int, offset: int, count: int, failure: BaseException) -> None:
         """A plugin's call failed: the client gets an errno, the log what happened."""
         error = nbd_errno(errno_of(failure))
         what = _NAMES.get(kind, "request")

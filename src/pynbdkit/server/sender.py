@@ -22,19 +22,20 @@ class Sender:
 
     def __init__(self, sock: socket.socket, ready: list[Any]) -> None:
         """`ready`: where replies are put, at the end; they are taken from its beginning."""
-        self._sock = sock
+        self.sock = sock
         self._ready = ready
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        """Whoever has it may send."""
 
     @property
     def sending(self) -> bool:
         """Whether replies are on their way to the client, or stuck there."""
-        return self._lock.locked()
+        return self.lock.locked()
 
     def send(self) -> None:
         """Send every reply that is ready. Raises OSError when the client is gone."""
         ready = self._ready
-        lock = self._lock
+        lock = self.lock
         while ready and lock.acquire():
             try:
                 pieces = ready[:IOV_MAX]
@@ -47,7 +48,7 @@ class Sender:
     def send_ready(self) -> None:
         """As `send`, but leaves it to the thread that is sending already, if there is one."""
         ready = self._ready
-        lock = self._lock
+        lock = self.lock
         while ready and lock.acquire(blocking=False):
             try:
                 pieces = ready[:IOV_MAX]
@@ -60,7 +61,7 @@ class Sender:
     def send_without_waiting(self) -> bool:
         """Send what the client takes now; False: there is more. Raises OSError. (Plain sockets.)"""
         ready = self._ready
-        lock = self._lock
+        lock = self.lock
         while ready:
             if not lock.acquire(blocking=False):
                 return False
@@ -68,7 +69,7 @@ class Sender:
                 pieces = ready[:IOV_MAX]
                 del ready[: len(pieces)]
                 try:
-                    sent = self._sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
+                    sent = self.sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
                 except BlockingIOError:
                     sent = 0
                 if sent < sum(map(len, pieces)):
@@ -79,12 +80,12 @@ class Sender:
         return True
 
     def _send(self, pieces: list[Any]) -> None:
-        sent = self._sock.sendmsg(pieces)
+        sent = self.sock.sendmsg(pieces)
         total = sum(map(len, pieces))
         while sent < total:  # a signal, or a socket that takes less
             total -= sent
             pieces = _after(pieces, sent)
-            sent = self._sock.sendmsg(pieces)
+            sent = self.sock.sendmsg(pieces)
 
 
 def _after(pieces: list[Any], sent: int) -> list[Any]:

@@ -5,7 +5,7 @@ Theory. A reader receives into the parser's buffer, parses every complete reques
 is locked, queued or logged per request. That is the whole story where calls do not wait, and under
 the serialized thread models.
 
-Where calls may wait and the thread model is parallel, three things are added:
+Where calls may wait and the thread model is parallel, some things are added:
 
 - *dispatch*: the reader hands requests to the connection's worker threads (at most `threads`),
   which answer as they end. It is used when a layer declares `blocking = True`, and when calls that
@@ -14,6 +14,8 @@ Where calls may wait and the thread model is parallel, three things are added:
 - *take-over*: a call that runs for over a tick of the `Watch` while its reader has more to do is
   left behind with its thread; another thread becomes the reader. So an undeclared plugin may wait
   for another request of the same connection, and a slow request does not hold up quick ones.
+- *coroutines*: where the plugin is asynchronous, `tasks.Tasks` stands in the crew's place: what is
+  dispatched becomes tasks on the server's event loop.
 - *a budget*: requests in flight are bounded by number and by the bytes of their payloads, so a
   client that pipelines without reading replies makes the server wait, not grow.
 
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from ..protocol.requests import Request
     from ..session import Session
     from .carousel import Carousel
+    from .tasks import Tasks
     from .watch import Watch
 
 SLOW_CALL: Final = 60e-6
@@ -82,13 +85,13 @@ class Transmission:
         self._lock = lock
         self._watch = watch
         self._carousel = carousel
-        self._receiver = Receiver(sock, leftover, negotiated.extended_headers)
-        self._runner = Runner(layer, negotiated, name)
-        self._sender = Sender(sock, self._runner.ready)
-        self.run_request = self._runner.run_request
-        self.run_group = self._runner.run_group
-        self.send = self._sender.send
-        self.send_ready = self._sender.send_ready
+        self.receiver = Receiver(sock, leftover, negotiated.extended_headers)
+        self.runner = Runner(layer, negotiated, name)
+        self.sender = Sender(sock, self.runner.ready)
+        self.run_request = self.runner.run_request
+        self.run_group = self.runner.run_group
+        self.send = self.sender.send
+        self.send_ready = self.sender.send_ready
 
         self._turn = threading.Lock()  # held by the reader while it receives and parses
         self._batch: deque[Request | None] = deque()  # what the reader still has to run
@@ -107,13 +110,18 @@ class Transmission:
         parallel = thread_model == ThreadModel.PARALLEL and threads > 1
         self._measured = parallel and may_block is None
         self._dispatching = parallel and may_block is True
-        self._crew: Crew | None = None
-        if parallel and may_block is not False:
-            self._crew = self._runner.crew = Crew(self, session, self._log_name, threads)
+        self._crew: Crew | Tasks | None = None
+        if layer.asynchronous and thread_model == ThreadModel.PARALLEL:
+            from .tasks import Tasks
+
+            self._dispatching = True
+            self._crew = Tasks(self, layer, session, name, threads)
+        elif parallel and may_block is not False:
+            self._crew = self.runner.crew = Crew(self, session, self._log_name, threads)
 
         # A call that waits would hold up all that ride together, unless it can be left behind.
         quick = may_block is False or self._measured
-        self._may_ride = quick and lock is None and self._receiver.plain and carousel.available
+        self._may_ride = quick and lock is None and self.receiver.plain and carousel.available
         self._others = 0  # the score of other connections' batches between our own
         self.off: threading.Lock | None = None
         """Held while the carousel serves us (see `get_on`)."""
@@ -133,12 +141,12 @@ class Transmission:
             if self._measured:
                 self._watch.remove(self)
             self._carousel.forget(self)
-            self._receiver.parser.close()
+            self.receiver.parser.close()
         return self._why or ""
 
     def stop(self) -> None:
         """Finish what is running, answer it, and end (from any thread)."""
-        self._receiver.stopping = True
+        self.receiver.stopping = True
         try:
             self._sock.shutdown(socket.SHUT_RD)
         except OSError:
@@ -149,6 +157,8 @@ class Transmission:
         try:
             if self._crew is None:
                 self._read_alone()
+            elif self._crew.reads:
+                self._crew.read()
             else:
                 self._read_with(self._crew, epoch)
         except Disconnect as end:
@@ -164,7 +174,7 @@ class Transmission:
 
     def _read_alone(self) -> None:
         lock = self._lock
-        receive, run_batch, send = self._receiver.receive, self._runner.run_batch, self.send
+        receive, run_batch, send = self.receiver.receive, self.runner.run_batch, self.send
         while True:
             requests = receive()
             batch = iter(requests)
@@ -179,8 +189,8 @@ class Transmission:
             if self._may_ride and self._has_company(requests[0]):
                 self._ride()
 
-    def _read_with(self, crew: Crew, epoch: int) -> None:
-        receive, send = self._receiver.receive, self.send
+    def _read_with(self, crew: Crew | Tasks, epoch: int) -> None:
+        receive, send = self.receiver.receive, self.send
         while self._epoch == epoch and self._why is None:
             with self._turn:
                 if self._epoch != epoch or self._why is not None:
@@ -244,8 +254,8 @@ class Transmission:
         finally:
             if gate is not None:
                 gate.release()
-        wall = perf_counter() - wall - self._runner.waited
-        self._runner.waited = 0.0
+        wall = perf_counter() - wall - self.runner.waited
+        self.runner.waited = 0.0
         if self._batch is batch:  # else another thread is the reader, and may be busy
             self._busy = False
         calls = before - len(batch)
@@ -263,7 +273,7 @@ class Transmission:
     def _run_queue(self, batch: deque[Request | None]) -> bool:
         """Run a batch that another thread may take over; as `Runner.run_batch`."""
         try:
-            return self._runner.run_batch(iter(batch.popleft, None))
+            return self.runner.run_batch(iter(batch.popleft, None))
         except IndexError:
             return False  # what was left has been taken over, and the None at the end
 
@@ -346,7 +356,7 @@ class Transmission:
 
     def turn(self) -> bool:
         """Receive, run and answer a batch, for the carousel; False: our own thread has to go on."""
-        receiver = self._receiver
+        receiver = self.receiver
         if not self._turn.acquire(blocking=False):
             return True  # we are being taken over: wait for that with the others, not for it alone
         try:
@@ -369,7 +379,7 @@ class Transmission:
             if self._epoch != epoch:
                 return False
             self._unfinished = more
-            sent = self._sender.send_without_waiting()
+            sent = self.sender.send_without_waiting()
             small = first is not None and first[4] <= SMALL_REQUEST
             on = sent and small and not more and not self._dispatching
             return on and not receiver.parser.broken
@@ -422,7 +432,7 @@ class Transmission:
             self.send()
             with self._turn:
                 # The call that is left behind may still use its payload.
-                self._receiver.parser.detach()
+                self.receiver.parser.detach()
                 if requests and self._crew is not None:
                     self._crew.dispatch(requests)
         except Disconnect as end:
@@ -444,26 +454,26 @@ class Transmission:
     @property
     def pieces_ready(self) -> int:
         """How many headers and payloads wait to be sent."""
-        return len(self._runner.ready)
+        return len(self.runner.ready)
 
     @property
     def sending(self) -> bool:
         """Whether replies are on their way to the client, or stuck there."""
-        return self._sender.sending
+        return self.sender.sending
 
     @property
     def groups(self) -> bool:
         """Whether `run_group` is of any use."""
-        return self._runner.groups
+        return self.runner.groups
 
     @property
     def goodbye(self) -> bool:
         """The client has sent DISC: it has not just gone."""
-        return self._runner.goodbye
+        return self.runner.goodbye
 
     @goodbye.setter
     def goodbye(self, value: bool) -> None:
-        self._runner.goodbye = value
+        self.runner.goodbye = value
 
     @property
     def busy(self) -> bool:
