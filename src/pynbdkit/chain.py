@@ -144,6 +144,11 @@ class Chain:
             if workers > 1:
                 layer.worker_count = workers
             self._settled(layer.get_ready())
+            if workers > 1 and self._loop is not None:
+                raise ConfigError(
+                    f"--workers: {layer.name}: get_ready is async def, and an event loop cannot be"
+                    " shared by processes: do that in after_fork, which each of them calls"
+                )
 
     def after_fork(self) -> None:
         """Call `after_fork`, the plugin first, in the process that serves."""

@@ -53,6 +53,20 @@ def pread(h, count, offset): return bytes(count)
 """A disk whose size is the number of the process that serves it."""
 
 
+COROUTINES = f"""\
+API_VERSION = 2
+{WHO.partition("def pread")[0]}
+import asyncio
+async def after_fork():
+    global lock
+    lock = asyncio.Lock()
+async def pread(h, buf, offset, flags):
+    async with lock:
+        buf[:] = os.getpid().to_bytes(8, "big").rjust(len(buf))
+"""
+"""The same, whose content is that number, too; on an event loop."""
+
+
 def uri(path: Path) -> str:
     return f"nbd+unix:///?socket={path}"
 
@@ -955,6 +969,17 @@ def test_a_hangup_reads_tls_files_again_in_all_workers(
         assert process.wait(30) == 0
 
 
+def test_each_worker_has_an_event_loop_of_its_own(
+    serve: Serve, connect: Connect, sockdir: Path
+) -> None:
+    (sockdir / "loops.py").write_text(COROUTINES)
+    server = serve("--workers=2", "python", sockdir / "loops.py")
+    handles = [connect(server) for _ in range(4)]
+    found = [int.from_bytes(handle.pread(8, 0), "big") for handle in handles]
+    assert found == [handle.get_size() for handle in handles]
+    assert [found.count(pid) for pid in set(found)] == [2, 2]
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 SCRIPT = WHO.replace("forkable = True\n", "")
@@ -968,6 +993,7 @@ SCRIPT = WHO.replace("forkable = True\n", "")
         (["./odd.py"], "odd: forkable is 'yes', not True or False"),
         (["./serial.py"], "the plugin serial wants serialize_all_requests, which several"),
         (["./thread.py"], "a thread runs already"),
+        (["./ready.py"], "ready: get_ready is async def, and an event loop cannot be shared"),
         (["cc", ROOT / "tests/native/disk.c"], "plugin cc is for one process"),
         (["--filter=cow", "memory", "1M"], "the filter cow is for one process"),
         (["--filter=limit", "memory", "1M"], "the filter limit is for one process"),
@@ -989,6 +1015,7 @@ def test_what_several_processes_cannot_do(
         f"{WHO}def get_ready():\n    import threading, time\n"
         "    threading.Thread(target=time.sleep, args=(1,), daemon=True).start()\n"
     )
+    (sockdir / "ready.py").write_text(f"{COROUTINES}async def get_ready(): pass\n")
     where = [] if words[0] == "-s" else ["-U", "s"]
     done = pynbdkit("--workers=2", *where, *words, "--run" if where else "-f", "true", cwd=sockdir)
     assert (done.returncode, done.stdout) == (1, "")
