@@ -59,13 +59,14 @@ class Carousel:
             if self._closed or not self.available or not self._ready_to_run():
                 return
             off = transmission.get_on()
+            self._riders[descriptor] = transmission
             try:
                 self._epoll.register(descriptor, select.EPOLLIN)
             except OSError as error:  # the system looks at no more of them
                 log.debug(f"a connection is served by its thread: {error}")
+                del self._riders[descriptor]
                 transmission.get_off()
                 return
-            self._riders[descriptor] = transmission
         off.acquire()
 
     def leave_behind(self, transmission: Transmission, off: threading.Lock) -> None:
