@@ -891,18 +891,16 @@ def test_a_bug_on_the_carousel_leaves_nobody_behind(
 def test_a_connection_without_memory_ends_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def fail(self: RequestParser) -> None:
+        raise MemoryError
+
     plugin = Disks()
     with serving(plugin, 3) as (running, (client, *others)):
         board(plugin, client, *others)
-        (first,) = (c for c in running._server._connections if c._number == 1)
-        assert first._transmission is not None
-
-        def fail() -> None:
-            raise MemoryError
-
-        monkeypatch.setattr(first._transmission._receiver.parser, "requests", fail)
-        client.ask(READ, 8, 8, 512)
-        assert client.at_end()
+        with monkeypatch.context() as patch:
+            patch.setattr(RequestParser, "requests", fail)
+            client.ask(READ, 8, 8, 512)
+            assert client.at_end()
         until(lambda: running.connections == 2)
         board(plugin, *others)
     assert "out of memory" in capsys.readouterr().err
