@@ -12,6 +12,7 @@ import os
 import random
 import re
 import select
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,8 +26,10 @@ from hypothesis import strategies as st
 
 import pynbdkit
 from pynbdkit import Device, Plugin, RunningServer, Session, ThreadModel
+from pynbdkit.complete import Layer
+from pynbdkit.protocol.negotiated import ExportInfo, Negotiated
 from pynbdkit.protocol.requests import RequestParser
-from pynbdkit.server import carousel, crew, server, transmission, watch
+from pynbdkit.server import carousel, crew, runner, server, transmission, watch
 from pynbdkit.server.carousel import SEVERAL, Carousel
 from pynbdkit.server.crew import Crew
 from pynbdkit.server.transmission import SMALL_REQUEST, Transmission
@@ -269,19 +272,34 @@ def test_a_payload_that_comes_in_pieces_does_not_hold_up_others() -> None:
                 client.send(request[start:end])
                 other.read()
             assert client.simple() == (1, 0, b"")
+            # Where much is to come, its own thread takes the whole rest at once.
+            assert ("connection-1" in plugin.ran) == (count > 1000)
 
 
-@pytest.mark.parametrize("blocking", [False, None])
-def test_a_batch_with_more_replies_than_are_gathered_is_finished_elsewhere(
-    blocking: bool | None,
-) -> None:
-    plugin = Disks(blocking)
-    offsets = range(0, 96 * SMALL_REQUEST, SMALL_REQUEST)
+def test_what_is_large_runs_in_its_own_thread() -> None:
+    plugin = Disks()
     with serving(plugin, 2) as (_, (client, other)):
         board(plugin, client, other)
         plugin.ran.clear()
-        client.several(offsets, SMALL_REQUEST)
-        client.expect_several(offsets, SMALL_REQUEST)
+        for count in (SMALL_REQUEST, SMALL_REQUEST + 1, SMALL_REQUEST + 1):
+            client.read(0, count)
+        assert plugin.ran == ["carousel", "carousel", "connection-1"]
+
+
+@pytest.mark.parametrize("gather", [1 << 20, 1024])
+@pytest.mark.parametrize("blocking", [False, None])
+def test_a_batch_with_more_replies_than_are_gathered_is_finished_elsewhere(
+    blocking: bool | None, gather: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "GATHER", gather)
+    count = gather // 32
+    plugin = Disks(blocking)
+    offsets = range(0, 96 * count, count)
+    with serving(plugin, 2) as (_, (client, other)):
+        board(plugin, client, other)
+        plugin.ran.clear()
+        client.several(offsets, count)
+        client.expect_several(offsets, count)
         assert {"carousel", "connection-1"} <= set(plugin.ran)
         other.read()
         board(plugin, client, other)
@@ -338,18 +356,34 @@ def test_others_in_between_are_company(monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(plugin.ran) == {"carousel"}
 
 
-def test_who_is_silent_for_long_gets_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carousel, "SWEEP", 0.03)
+def test_only_who_is_silent_gets_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(carousel, "monotonic", lambda: now)
     plugin = Disks()
     with serving(plugin, 3) as (running, (busy, *silent)):
         board(plugin, busy, *silent)
+        now += 1001
+        busy.read()  # then it looks who has moved since the beginning: all have
+        busy.read()
+        assert riders(running) == 3
+        now += 1001
+        busy.read()
+        until(lambda: riders(running) == 1)
+        plugin.ran.clear()
+        for client in (busy, *silent):
+            client.read()
+        assert plugin.ran == ["carousel", "connection-2", "connection-3"]
 
-        def alone() -> bool:
-            busy.read()
-            return riders(running) <= 1
 
-        until(alone)
+def test_all_get_off_when_all_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carousel, "SWEEP", 0.03)
+    plugin = Disks()
+    with serving(plugin, 3) as (running, (busy, *silent)):
+        before = len(os.listdir("/proc/self/fd"))
+        board(plugin, busy, *silent)
+
         until(lambda: riders(running) == 0)
+        until(lambda: len(os.listdir("/proc/self/fd")) == before)  # and nothing is left of it
         for client in silent:
             plugin.ran.clear()
             client.read()
@@ -357,9 +391,10 @@ def test_who_is_silent_for_long_gets_off(monkeypatch: pytest.MonkeyPatch) -> Non
         board(plugin, busy, *silent)
 
 
-def test_a_client_that_takes_no_replies_hurts_itself_alone() -> None:
+@pytest.mark.parametrize("size", [SIZE, SIZE // 8], ids=["more", "less than are gathered"])
+def test_a_client_that_takes_no_replies_hurts_itself_alone(size: int) -> None:
     plugin = Disks()
-    offsets = range(0, SIZE, SMALL_REQUEST)
+    offsets = range(0, size, SMALL_REQUEST)
     with serving(plugin, 3) as (_, (rude, second, third)):
         board(plugin, rude, second, third)
         rude.several(offsets, SMALL_REQUEST)
@@ -368,6 +403,19 @@ def test_a_client_that_takes_no_replies_hurts_itself_alone() -> None:
             third.read()
         rude.expect_several(offsets, SMALL_REQUEST)
         board(plugin, rude, second, third)
+
+
+def test_who_got_off_has_to_find_company_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transmission, "SEVERAL", 8)
+    plugin = Disks()
+    with serving(plugin, 2) as (_, (client, other)):
+        board(plugin, client, other)
+        client.read(0, SMALL_REQUEST + 1)
+        plugin.ran.clear()
+        for _ in range(4):
+            other.read()
+            client.read()
+        assert plugin.ran[1::2] == ["connection-1"] * 4
 
 
 ENDS = {
@@ -415,6 +463,10 @@ def test_connections_come_and_go_and_leave_nothing() -> None:
             for client in stay:
                 client.read()
         assert len(os.listdir("/proc/self/fd")) == before
+        for client in stay:
+            client.close()
+        until(lambda: running.connections == 0)
+        assert running._server.carousel.last is None  # what has ended is not kept
 
 
 # -- calls that wait -------------------------------------------------------------------------------
@@ -543,10 +595,11 @@ def test_a_reader_that_is_left_behind_as_its_call_ends_does_not_ride(
     assert not rode.is_set()
 
 
-def test_a_turn_while_its_connection_is_being_left_behind(
-    release: threading.Event, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("more_comes", [False, True])
+def test_a_turn_that_ends_while_its_connection_is_being_left_behind(
+    more_comes: bool, release: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The call ends just then, and more comes at once: it is for the new reader alone."""
+    """What comes just then is for the new reader alone; and the old one does not wait for ever."""
     leave_behind = Crew.leave_behind
     entered, on_read = waiting(release)
     more = threading.Event()
@@ -557,19 +610,75 @@ def test_a_turn_while_its_connection_is_being_left_behind(
         if not more.is_set():
             release.set()
             client.expect(8)  # its turn on the carousel has ended
-            client.several(offsets, SMALL_REQUEST)
-            more.set()
+            if more_comes:
+                client.several(offsets, SMALL_REQUEST)
             threading.Event().wait(NOT_YET)
+            more.set()
         return left
 
     monkeypatch.setattr(Crew, "leave_behind", slow)
     plugin = Disks(None, on_read)
-    with serving(plugin, 3, release) as (_, (client, *others)):
+    with serving(plugin, 3, release) as (running, (client, *others)):
         wait_on_the_carousel(plugin, client, others, entered)
         assert more.wait(WAIT)
+        if not more_comes:
+            until(lambda: riders(running) == 2)
+            client.several(offsets, SMALL_REQUEST)
         client.expect_several(offsets, SMALL_REQUEST)
         board(plugin, *others)
         client.read()
+        client.close()
+        until(lambda: running.connections == 2)
+
+
+def test_no_turn_for_who_was_left_behind() -> None:
+    """The carousel had chosen it just before: it must not take the new reader's bytes."""
+    ours, theirs = socket.socketpair()
+    plugin = Disks(None)
+    with ours, theirs:
+        session = Session()
+        one = Transmission(
+            ours,
+            Layer(plugin.open(session), session, "disks"),
+            Negotiated(ExportInfo("", SIZE, 0), False, True, ()),
+            b"",
+            session,
+            name="disks",
+            thread_model=ThreadModel.PARALLEL,
+            threads=16,
+            lock=None,
+            watch=watch.Watch(),
+            carousel=Carousel(),
+        )
+        request = Raw.request(READ, 8, 8, 512)
+        theirs.sendall(request)
+        one.get_on()
+        one._epoch += 1
+        assert not one.turn()
+        assert ours.recv(100) == request
+        with one._turn:  # it is being left behind, or somebody receives
+            assert one.turn()
+
+
+def test_calls_that_wait_a_little_get_off_and_run_in_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slow, nothing = threading.Event(), threading.Event()
+    plugin = Disks(None, lambda offset: nothing.wait(0.001) if slow.is_set() else None)
+    with serving(plugin, 2) as (_, (client, other)):
+        board(plugin, client, other)
+        monkeypatch.setattr(transmission, "SLOW_CALL", 60e-6)
+        slow.set()
+        for _ in range(ROUNDS):
+            plugin.ran.clear()
+            client.several(range(0, 1024, 64), 64)
+            client.expect_several(range(0, 1024, 64), 64)
+            if "carousel" not in plugin.ran:
+                break
+        else:
+            raise AssertionError(plugin.ran)
+        assert len(set(plugin.ran)) > 1
+        other.read()
 
 
 # -- what a plugin may ask for ---------------------------------------------------------------------
@@ -613,6 +722,7 @@ def test_a_stop_lets_calls_end_and_answers_them(
 ) -> None:
     entered, on_read = waiting(release)
     plugin = Disks(blocking, on_read)
+    before = len(os.listdir("/proc/self/fd"))
     with serving(plugin, 3, release) as (running, (client, *others)):
         wait_on_the_carousel(plugin, client, others, entered)
         stopping = threading.Thread(target=running.stop)
@@ -626,6 +736,7 @@ def test_a_stop_lets_calls_end_and_answers_them(
         assert not stopping.is_alive()
         assert plugin.closed == 3
     assert not [t for t in threading.enumerate() if t.name in ("carousel", "watch")]
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_stop_cuts_off_who_takes_no_replies(
@@ -678,28 +789,34 @@ def test_without_descriptors_each_is_served_by_its_thread(
         board(plugin, *clients)  # there are some again
 
 
+@pytest.mark.parametrize("room", [0, 1], ids=["nothing", "its own pipe"])
 def test_with_an_epoll_that_takes_no_more_each_is_served_by_its_thread(
-    monkeypatch: pytest.MonkeyPatch,
+    room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Full:
-        """Takes the carousel's own pipe."""
+        """Has `room` for so many descriptors."""
 
         def __init__(self) -> None:
-            self._room = 1
             self._epoll = epoll()
             self.poll, self.close = self._epoll.poll, self._epoll.close
+            self.unregister = self._epoll.unregister
 
         def register(self, descriptor: int, events: int) -> None:
-            if not self._room:
+            nonlocal room
+            if not room:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._room -= 1
+            room -= 1
             self._epoll.register(descriptor, events)
 
     epoll = select.epoll
     monkeypatch.setattr(select, "epoll", Full)
     plugin = Disks()
     with serving(plugin, 3) as (running, clients):
+        before = len(os.listdir("/proc/self/fd"))
         go_on_without(plugin, running, clients)
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+        room = 10
+        board(plugin, *clients)
 
 
 def no_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -777,18 +894,16 @@ def test_a_bug_on_the_carousel_leaves_nobody_behind(
 def test_a_connection_without_memory_ends_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def fail(self: RequestParser) -> None:
+        raise MemoryError
+
     plugin = Disks()
     with serving(plugin, 3) as (running, (client, *others)):
         board(plugin, client, *others)
-        (first,) = (c for c in running._server._connections if c._number == 1)
-        assert first._transmission is not None
-
-        def fail() -> None:
-            raise MemoryError
-
-        monkeypatch.setattr(first._transmission.receiver.parser, "requests", fail)
-        client.ask(READ, 8, 8, 512)
-        assert client.at_end()
+        with monkeypatch.context() as patch:
+            patch.setattr(RequestParser, "requests", fail)
+            client.ask(READ, 8, 8, 512)
+            assert client.at_end()
         until(lambda: running.connections == 2)
         board(plugin, *others)
     assert "out of memory" in capsys.readouterr().err
@@ -816,8 +931,6 @@ def test_no_memory_for_the_reader_after_a_call_that_waits(
 
 # -- the score -------------------------------------------------------------------------------------
 
-SMALL = (0, READ, 1, 0, SMALL_REQUEST, None)
-
 
 class Scored(SimpleNamespace):
     """As much of a transmission as the score needs."""
@@ -825,8 +938,8 @@ class Scored(SimpleNamespace):
     def __init__(self, place: Any) -> None:
         super().__init__(_carousel=place, _others=0, off=None, _dispatching=False)
 
-    def has_company(self, request: Any = SMALL) -> bool:
-        return Transmission._has_company(self, request)  # type: ignore[arg-type]
+    def has_company(self, count: int = SMALL_REQUEST) -> bool:
+        return Transmission._has_company(self, count)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
@@ -847,7 +960,7 @@ def test_the_score_of_one_alone(batches: int) -> None:
     assert not any(play([0] * batches))
 
 
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=200))
+@given(st.lists(st.integers(0, 4), min_size=100, max_size=200))
 def test_the_score_where_each_batch_follows_anothers(steps: list[int]) -> None:
     turns = [0]
     for step in steps:
@@ -858,7 +971,7 @@ def test_the_score_where_each_batch_follows_anothers(steps: list[int]) -> None:
         assert own == [2 * number >= SEVERAL for number in range(1, len(own) + 1)]
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(3, 30)), min_size=1, max_size=60))
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(3, 30)), min_size=40, max_size=60))
 def test_the_score_of_those_who_come_in_bursts(bursts: list[tuple[int, int]]) -> None:
     turns: list[int] = []
     for who, length in bursts:
@@ -872,15 +985,14 @@ def test_the_score_counts_only_for_small_requests_that_run_where_they_are_read()
     for _ in range(SEVERAL):
         place.last = None
         one.has_company()
-    cases: list[tuple[dict[str, Any], Any, bool]] = [
-        ({}, SMALL, True),
-        ({}, (0, READ, 1, 0, SMALL_REQUEST + 1, None), False),
-        ({}, None, False),
-        ({"off": threading.Lock()}, SMALL, False),
-        ({"_dispatching": True}, SMALL, False),
+    cases: list[tuple[dict[str, Any], int, bool]] = [
+        ({}, SMALL_REQUEST, True),
+        ({}, SMALL_REQUEST + 1, False),
+        ({"off": threading.Lock()}, SMALL_REQUEST, False),
+        ({"_dispatching": True}, SMALL_REQUEST, False),
     ]
-    for change, request, rides in cases:
+    for change, count, rides in cases:
         place.last = None
         state = Scored(place)
         state.__dict__.update(one.__dict__, **change)
-        assert state.has_company(request) == rides
+        assert state.has_company(count) == rides

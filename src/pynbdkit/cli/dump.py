@@ -75,7 +75,8 @@ def plugin(chain: Chain) -> Iterator[tuple[str, str]]:
     if struct_size is not None:
         it.ask_thread_model()  # type: ignore[attr-defined]
     yield "thread_model", THREAD_MODEL_NAMES[it.thread_model]
-    yield "forkable", "yes" if it.forkable is True else "no"
+    if it.forkable is True:
+        yield "forkable", "yes"
     yield "errno_is_preserved", str(int(bool(getattr(it, "errno_is_preserved", 1))))
     if it.magic_config_key():
         yield "magic_config_key", it.magic_config_key()

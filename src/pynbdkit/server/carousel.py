@@ -59,13 +59,14 @@ class Carousel:
             if self._closed or not self.available or not self._ready_to_run():
                 return
             off = transmission.get_on()
+            self._riders[descriptor] = transmission
             try:
                 self._epoll.register(descriptor, select.EPOLLIN)
             except OSError as error:  # the system looks at no more of them
                 log.debug(f"a connection is served by its thread: {error}")
+                del self._riders[descriptor]
                 transmission.get_off()
                 return
-            self._riders[descriptor] = transmission
         off.acquire()
 
     def leave_behind(self, transmission: Transmission, off: threading.Lock) -> None:
@@ -169,6 +170,8 @@ class Carousel:
             if monotonic() >= sweep:
                 sweep = monotonic() + SWEEP
                 self._sweep()
+                if self._rests(generation):
+                    return
 
     def _sweep(self) -> None:
         """Let off who was silent since the last time."""
@@ -176,6 +179,20 @@ class Carousel:
         with self._lock:
             for transmission in [each for fd, each in self._riders.items() if fd not in moved]:
                 self._let_off(transmission)
+
+    def _rests(self, generation: int) -> bool:
+        """Whether nobody rides: then nothing is left of us until somebody gets on again."""
+        with self._lock:
+            if self._riders or self._closed or self._generation != generation:
+                return False
+            self._thread = None
+            self._epoll.close()
+            self._epoll = None
+            if self._wake is not None:
+                for end in self._wake:
+                    os.close(end)
+                self._wake = None
+            return True
 
     def _let_off(self, transmission: Transmission) -> None:
         """Its own thread goes on (call it with the lock), unless it was taken off before.

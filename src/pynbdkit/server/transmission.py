@@ -177,7 +177,8 @@ class Transmission:
         receive, run_batch, send = self.receiver.receive, self.runner.run_batch, self.send
         while True:
             requests = receive()
-            batch = iter(requests)
+            first, batch = requests[0][4], iter(requests)
+            del requests  # a payload keeps the whole buffer, also while the client is silent
             more = True
             while more:
                 if lock is None:
@@ -186,7 +187,7 @@ class Transmission:
                     with lock:
                         more = run_batch(batch)
                 send()
-            if self._may_ride and self._has_company(requests[0]):
+            if self._may_ride and self._has_company(first):
                 self._ride()
 
     def _read_with(self, crew: Crew | Tasks, epoch: int) -> None:
@@ -199,10 +200,11 @@ class Transmission:
                 if self._dispatching:
                     crew.dispatch(requests)
                     continue
-                first = requests[0]
+                first = requests[0][4] if requests[0] is not None else 0
                 requests.append(None)
                 batch = self._batch = deque(requests)
                 self._serial += 1
+                del requests  # a payload keeps the whole buffer, also while the client is silent
             more = True
             while more:
                 more = self._run_measured(batch)
@@ -306,8 +308,8 @@ class Transmission:
 
     # -- on the carousel -------------------------------------------------------------------------
 
-    def _has_company(self, request: Request | None) -> bool:
-        """Whether other connections are as busy as this one, whose batch began with `request`."""
+    def _has_company(self, count: int) -> bool:
+        """Whether others are as busy as this one, whose batch began with `count` bytes."""
         carousel = self._carousel
         if carousel.last is self:
             if self._others:
@@ -318,8 +320,7 @@ class Transmission:
         return (
             self._others >= SEVERAL
             and self.off is None
-            and request is not None
-            and request[4] <= SMALL_REQUEST
+            and count <= SMALL_REQUEST
             and not self._dispatching
         )
 
