@@ -14,7 +14,7 @@ import re
 import select
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pynbdkit
-from pynbdkit import Device, Plugin, RunningServer, Session, ThreadModel
+from pynbdkit import Device, Fua, Plugin, RunningServer, Session, ThreadModel
 from pynbdkit.complete import Layer
 from pynbdkit.protocol.negotiated import ExportInfo, Negotiated
 from pynbdkit.protocol.requests import RequestParser
@@ -681,6 +681,38 @@ def test_calls_that_wait_a_little_get_off_and_run_in_threads(
         other.read()
 
 
+def test_writes_that_are_made_stable_get_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait by nature, and are not moved to threads for that: others must not wait as well."""
+    nothing = threading.Event()
+
+    class Stable(Disk):
+        def can_fua(self) -> int:
+            return Fua.NATIVE
+
+        def pwrite(self, buf: Any, offset: int, flags: int) -> None:
+            super().pwrite(buf, offset, flags)
+            nothing.wait(0.001 if flags else 0)
+
+        def pwrite_group(self, writes: Sequence[tuple[Any, int]]) -> bool:
+            return False
+
+    class Stables(Disks):
+        def open(self, session: Session) -> Device:
+            return Stable(self, session)
+
+    plugin = Stables(None)
+    with serving(plugin, 2) as (_, (client, other)):
+        board(plugin, client, other)
+        monkeypatch.setattr(transmission, "SLOW_CALL", 0.0005)
+        plugin.ran.clear()
+        for _ in range(3):
+            client.ask(WRITE, 1, 0, 512, flags=1, payload=CONTENT[:512])
+            assert client.simple() == (1, 0, b"")
+            other.read()
+        assert plugin.ran[::2] == ["carousel", "connection-1", "connection-1"]
+        board(plugin, client, other)
+
+
 # -- what a plugin may ask for ---------------------------------------------------------------------
 
 
@@ -936,7 +968,7 @@ class Scored(SimpleNamespace):
     """As much of a transmission as the score needs."""
 
     def __init__(self, place: Any) -> None:
-        super().__init__(_carousel=place, _others=0, off=None, _dispatching=False)
+        super().__init__(_carousel=place, _others=0, off=None, _dispatching=False, _waited=False)
 
     def has_company(self, count: int = SMALL_REQUEST) -> bool:
         return Transmission._has_company(self, count)  # type: ignore[arg-type]
@@ -990,6 +1022,7 @@ def test_the_score_counts_only_for_small_requests_that_run_where_they_are_read()
         ({}, SMALL_REQUEST + 1, False),
         ({"off": threading.Lock()}, SMALL_REQUEST, False),
         ({"_dispatching": True}, SMALL_REQUEST, False),
+        ({"_waited": True}, SMALL_REQUEST, False),
     ]
     for change, count, rides in cases:
         place.last = None

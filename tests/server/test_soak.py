@@ -7,6 +7,7 @@ under way for the same bytes. So every read has one right answer, whatever order
 from __future__ import annotations
 
 import random
+import sys
 import threading
 import time
 from types import ModuleType
@@ -16,7 +17,7 @@ import pytest
 
 import pynbdkit
 from pynbdkit import Device, Plugin, RunningServer, Session
-from pynbdkit.server import crew
+from pynbdkit.server import carousel, crew, transmission, watch
 
 CLIENTS = 6
 BLOCK = 512
@@ -211,6 +212,39 @@ def test_no_byte_is_lost(
     else:
         assert bool(readers) != blocking
         assert bool(others) == blocking
+
+
+def test_no_byte_is_lost_where_connections_get_on_and_off_all_the_time(
+    nbd: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The carousel takes on who has the least company; calls end as they are left behind on it."""
+    monkeypatch.setattr(crew, "SAMPLE", 16)
+    monkeypatch.setattr(crew, "QUICK_CALL", 0.005)
+    monkeypatch.setattr(transmission, "SEVERAL", 2)
+    monkeypatch.setattr(carousel, "SWEEP", 0.05)
+    monkeypatch.setattr(carousel, "ALONE", 30)
+    monkeypatch.setattr(watch, "TICK", 0.001)
+
+    def wait(self: Moody) -> None:
+        self.threads.add(threading.current_thread().name)
+        luck = self.chance.random()
+        if luck < 0.02:
+            self.nothing.wait(self.chance.random() * 0.004)  # now before the tick, now after it
+        elif luck < 0.1:
+            self.nothing.wait(0.0002)
+
+    monkeypatch.setattr(Moody, "_wait", wait)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)  # threads meet in more places
+    try:
+        plugin = MoodyPlugin(None)
+        with pynbdkit.serve(plugin) as server:
+            clients = soak(nbd, server)
+    finally:
+        sys.setswitchinterval(interval)
+    for client in clients:
+        assert plugin.data[client.start : client.start + PART] == client.model
+    assert "carousel" in plugin.threads
 
 
 def test_no_byte_is_lost_in_the_memory_plugin(nbd: ModuleType) -> None:

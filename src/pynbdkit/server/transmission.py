@@ -103,6 +103,7 @@ class Transmission:
         self._noted: tuple[float, ...] = (0, 0, 0, 0, 0)  # what `waits` saw last
         self.watched = False
         """Whether the watch looks at this connection (it sets this)."""
+        self._waited = False  # the last batch had writes with FUA that waited
         self._probing = 0  # batches to measure the processor time of, after a slow one
         self._why: str | None = None  # set when the transmission is over
 
@@ -256,7 +257,9 @@ class Transmission:
         finally:
             if gate is not None:
                 gate.release()
-        wall = perf_counter() - wall - self.runner.waited
+        waited = self.runner.waited
+        self._waited = waited > SLOW_CALL
+        wall = perf_counter() - wall - waited
         self.runner.waited = 0.0
         if self._batch is batch:  # else another thread is the reader, and may be busy
             self._busy = False
@@ -322,6 +325,7 @@ class Transmission:
             and self.off is None
             and count <= SMALL_REQUEST
             and not self._dispatching
+            and not self._waited
         )
 
     def _ride(self) -> None:
@@ -382,7 +386,7 @@ class Transmission:
             self._unfinished = more
             sent = self.sender.send_without_waiting()
             small = first is not None and first[4] <= SMALL_REQUEST
-            on = sent and small and not more and not self._dispatching
+            on = sent and small and not more and not self._dispatching and not self._waited
             return on and not receiver.parser.broken
         except BaseException as failure:  # it is for our own thread to say what it is
             self._busy = False
