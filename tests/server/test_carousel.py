@@ -168,6 +168,7 @@ def until(condition: Callable[[], object]) -> None:
 @pytest.fixture(autouse=True)
 def eager(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Get on at once, and get off for no reason of time, on however slow a machine."""
+    monkeypatch.setattr(transmission, "MANY", 0)
     if "nbd" not in request.fixturenames:
         monkeypatch.setattr(transmission, "SEVERAL", 2)
         monkeypatch.setattr(carousel, "SWEEP", 1000.0)
@@ -969,6 +970,7 @@ class Scored(SimpleNamespace):
 
     def __init__(self, place: Any) -> None:
         super().__init__(_carousel=place, _others=0, off=None, _dispatching=False, _waited=False)
+        self._fewest = 0
 
     def has_company(self, count: int = SMALL_REQUEST) -> bool:
         return Transmission._has_company(self, count)  # type: ignore[arg-type]
@@ -982,7 +984,7 @@ def _real_score(request: pytest.FixtureRequest, eager: None) -> None:
 
 def play(turns: list[int]) -> list[bool]:
     """What each batch is told, of the connections whose turns these are."""
-    place = SimpleNamespace(last=None)
+    place = SimpleNamespace(last=None, connections=5)
     all_of_them = [Scored(place) for _ in range(max(turns) + 1)]
     return [all_of_them[turn].has_company() for turn in turns]
 
@@ -1012,7 +1014,7 @@ def test_the_score_of_those_who_come_in_bursts(bursts: list[tuple[int, int]]) ->
 
 
 def test_the_score_counts_only_for_small_requests_that_run_where_they_are_read() -> None:
-    place = SimpleNamespace(last=None)
+    place = SimpleNamespace(last=None, connections=5)
     one = Scored(place)
     for _ in range(SEVERAL):
         place.last = None
@@ -1023,6 +1025,8 @@ def test_the_score_counts_only_for_small_requests_that_run_where_they_are_read()
         ({"off": threading.Lock()}, SMALL_REQUEST, False),
         ({"_dispatching": True}, SMALL_REQUEST, False),
         ({"_waited": True}, SMALL_REQUEST, False),
+        ({"_fewest": 5}, SMALL_REQUEST, True),
+        ({"_fewest": 6}, SMALL_REQUEST, False),  # their calls make none into the kernel
     ]
     for change, count, rides in cases:
         place.last = None

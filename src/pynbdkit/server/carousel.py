@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 SEVERAL: Final = 16
 """A connection gets on when its score has come to this: each batch of its own that follows another
 connection's counts 2, each that follows one of its own takes 1 away."""
+MANY: Final = 8
+"""From so many connections on, those ride as well whose calls make none into the kernel: fewer of
+them hand the interpreter's lock over for a send and a receive only, and use both processors."""
 ALONE: Final = 2000
 """So many batches in turn of one connection: the others are silent, it gets off."""
 SWEEP: Final = 2.0
@@ -41,6 +44,8 @@ class Carousel:
     def __init__(self) -> None:
         self.last: Transmission | None = None
         """Whose batch was run last, anywhere in the server."""
+        self.connections = 0
+        """How many are in their transmission phase (about: it is counted without a lock)."""
         self._lock = threading.Lock()
         self._riders: dict[int, Transmission] = {}  # by descriptor
         self._moved: set[int] = set()  # descriptors with something to do since the last sweep
@@ -87,6 +92,7 @@ class Carousel:
 
     def forget(self, transmission: Transmission) -> None:
         """A connection has ended."""
+        self.connections -= 1
         if self.last is transmission:
             self.last = None
 

@@ -33,7 +33,7 @@ from time import perf_counter, thread_time
 from .. import log
 from ..flags import ThreadModel
 from ..session import set_current
-from .carousel import SEVERAL
+from .carousel import MANY, SEVERAL
 from .crew import Crew
 from .receiver import Disconnect, Receiver
 from .runner import Runner
@@ -123,6 +123,8 @@ class Transmission:
         # A call that waits would hold up all that ride together, unless it can be left behind.
         quick = may_block is False or self._measured
         self._may_ride = quick and lock is None and self.receiver.plain and carousel.available
+        self._fewest = 0 if self._measured else MANY  # connections that make it worth riding
+        carousel.connections += 1
         self._others = 0  # the score of other connections' batches between our own
         self.off: threading.Lock | None = None
         """Held while the carousel serves us (see `get_on`)."""
@@ -267,7 +269,10 @@ class Transmission:
         if calls and wall > SLOW_CALL * calls:
             # Slow by waiting: then threads help. Not so by computing, or because other processes
             # had the processor: that is no switch that the calls have asked for.
-            if probing and thread_time() - cpu < wall / 2 and 2 * (_switches() - switches) >= calls:
+            # Nor by waiting for the interpreter, which other busy connections have.
+            alone = self.off is not None or not self._may_ride or self._others < SEVERAL // 4
+            waits = thread_time() - cpu < wall / 2 and 2 * (_switches() - switches) >= calls
+            if probing and alone and waits:
                 log.debug(f"calls take {wall / calls * 1e6:.0f} us: using threads")
                 self._dispatching = True
             self._probing = 8
@@ -324,6 +329,7 @@ class Transmission:
             self._others >= SEVERAL
             and self.off is None
             and count <= SMALL_REQUEST
+            and carousel.connections >= self._fewest
             and not self._dispatching
             and not self._waited
         )
