@@ -649,6 +649,7 @@ def test_when_a_long_batch_is_one_of_calls_that_wait(
     calls: int, switches: int, cpu: float, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = types.SimpleNamespace(progress=(7, 200), _reader=1, _noted=(0, 0, 0, 0, 0))
+    reader._rides_soon = lambda: False
     now, cost = 100.0, (50, 3.0)
     monkeypatch.setattr(transmission_module, "perf_counter", lambda: now)
     monkeypatch.setattr(transmission_module, "_cost_of", lambda thread: cost)
@@ -661,6 +662,33 @@ def test_when_a_long_batch_is_one_of_calls_that_wait(
     assert asked() == waits
     now, cost, reader.progress = now + 0.005, (100, 4.0), (8, 1)
     assert not asked()  # another batch
+
+
+@pytest.mark.parametrize(
+    ("change", "soon"),
+    [
+        ({}, True),
+        ({"_others": 3}, False),  # nobody else is as busy
+        ({"_small": False}, False),  # it will never ride
+        ({"_waited": True}, False),
+        ({"_may_ride": False}, False),
+        ({"_carousel": types.SimpleNamespace(available=False)}, False),
+        ({"off": threading.Lock()}, False),  # it rides: now is the time
+    ],
+)
+def test_calls_among_busy_connections_are_judged_when_they_ride(
+    change: dict[str, Any], soon: bool
+) -> None:
+    here: dict[str, Any] = {
+        "off": None,
+        "_may_ride": True,
+        "_small": True,
+        "_waited": False,
+        "_others": 4,
+    }
+    here["_carousel"] = types.SimpleNamespace(available=True)
+    reader = types.SimpleNamespace(**{**here, **change})
+    assert Transmission._rides_soon(reader) == soon  # type: ignore[arg-type]
 
 
 def test_what_a_thread_has_cost_is_known_to_others() -> None:

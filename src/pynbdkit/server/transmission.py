@@ -125,6 +125,7 @@ class Transmission:
         self._may_ride = quick and lock is None and self.receiver.plain and carousel.available
         self._fewest = 0 if self._measured else MANY  # connections that make it worth riding
         carousel.connections += 1
+        self._small = False  # the last batch began with a small request
         self._others = 0  # the score of other connections' batches between our own
         self.off: threading.Lock | None = None
         """Held while the carousel serves us (see `get_on`)."""
@@ -204,6 +205,7 @@ class Transmission:
                     crew.dispatch(requests)
                     continue
                 first = requests[0][4] if requests[0] is not None else 0
+                self._small = first <= SMALL_REQUEST
                 requests.append(None)
                 batch = self._batch = deque(requests)
                 self._serial += 1
@@ -270,9 +272,8 @@ class Transmission:
             # Slow by waiting: then threads help. Not so by computing, or because other processes
             # had the processor: that is no switch that the calls have asked for.
             # Nor by waiting for the interpreter, which other busy connections have.
-            alone = self.off is not None or not self._may_ride or self._others < SEVERAL // 4
             waits = thread_time() - cpu < wall / 2 and 2 * (_switches() - switches) >= calls
-            if probing and alone and waits:
+            if probing and waits and not self._rides_soon():
                 log.debug(f"calls take {wall / calls * 1e6:.0f} us: using threads")
                 self._dispatching = True
             self._probing = 8
@@ -332,6 +333,17 @@ class Transmission:
             and carousel.connections >= self._fewest
             and not self._dispatching
             and not self._waited
+        )
+
+    def _rides_soon(self) -> bool:
+        """Whether to judge calls later: on the carousel, where they wait for nobody like them."""
+        return (
+            self.off is None
+            and self._may_ride
+            and self._carousel.available
+            and self._small
+            and not self._waited
+            and self._others >= SEVERAL // 4
         )
 
     def _ride(self) -> None:
@@ -426,7 +438,7 @@ class Transmission:
         serial, left = self.progress
         now = serial, -left, *_cost_of(self._reader), perf_counter()
         before, self._noted = self._noted, now
-        if before[0] != serial:
+        if before[0] != serial or self._rides_soon():
             return False
         _, calls, switches, cpu, wall = (new - old for new, old in zip(now, before, strict=True))
         # As in `_run_measured`: by waiting, and not for the processor.
