@@ -107,8 +107,14 @@ class Gated(Plugin):
             action()
             done.set()
 
-        self.loop.call_soon_threadsafe(act)
-        assert done.wait(WAIT)
+        try:
+            self.loop.call_soon_threadsafe(act)
+        except RuntimeError:
+            assert self.loop.is_closed()  # the server has ended before us (exitlast)
+            return
+        deadline = time.monotonic() + WAIT
+        while not done.wait(0.01) and not self.loop.is_closed():
+            assert time.monotonic() < deadline
 
 
 class GatedDisk(Device):
