@@ -55,8 +55,9 @@ MUTANTS = {
     ),
     "a cache request is not answered": Mutant(
         *("requests", RUNNER),
-        "            layer.cache(count, offset, 0)\n",
-        "            layer.cache(count, offset, 0)\n            return 0\n",
+        "        getattr(layer, name)(*arguments)\n",
+        "        getattr(layer, name)(*arguments)\n"
+        "        if kind == CMD_CACHE:\n            return 0\n",
     ),
     "a payload where none belongs is taken for requests": Mutant(
         *("requests", "protocol/requests.py"),

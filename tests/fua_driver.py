@@ -10,12 +10,15 @@ from __future__ import annotations
 import ast
 import errno
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
+
 import fua_subjects
-from fua_model import FILL, Event, Refused, Request, Subject, Terms, outcome, terms
+from fua_model import FILL, NATIVE, Event, Refused, Request, Subject, Terms, outcome, terms
 
 
 class Unopened(Exception):
@@ -219,3 +222,27 @@ def join_pieces(events: Iterable[Event]) -> list[Event]:
 def names(numbers: Iterable[int]) -> str:
     """Error numbers for humans."""
     return " or ".join(errno.errorcode.get(n, str(n)) if n else "success" for n in sorted(numbers))
+
+
+Serve = Callable[..., AbstractContextManager[Driver]]
+"""Serves a subject to a driver."""
+
+
+def check_all(serve: Serve, subjects: Iterable[Subject], requests: Sequence[Request]) -> list[str]:
+    """What differs, of all subjects; those with the same script share a server."""
+    groups: dict[str, list[Subject]] = {}
+    for subject in subjects:
+        script = NATIVE if subject.form == NATIVE else fua_subjects.script(subject)
+        groups.setdefault(script, []).append(subject)
+    wrong = []
+    for group in groups.values():
+        with serve(group[0]) as driver:
+            for subject in group:
+                wrong += driver.check(subject, requests)
+    return wrong
+
+
+def report(wrong: Sequence[str]) -> None:
+    if wrong:
+        shown = "\n".join(wrong[:20])
+        pytest.fail(f"{len(wrong)} differences; the first of them:\n{shown}", pytrace=False)

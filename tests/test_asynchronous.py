@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import fua_subjects
 import pynbdkit
-from fua_driver import Driver, Log, join_pieces
+from fua_driver import Driver, Log, check_all, join_pieces, report
 from fua_model import (
     FUA_FORMS,
     LARGEST_PIECE,
@@ -106,22 +106,7 @@ def check(
     subjects: Sequence[Subject],
     requests: Sequence[Request],
 ) -> list[str]:
-    groups: dict[str, list[Subject]] = {}
-    for subject in subjects:
-        script = NATIVE if subject.form == NATIVE else fua_subjects.script(subject)
-        groups.setdefault(script, []).append(subject)
-    wrong = []
-    for group in groups.values():
-        with serving(nbd, folder, group[0], parallel) as driver:
-            for subject in group:
-                wrong += driver.check(subject, requests)
-    return wrong
-
-
-def report(wrong: Sequence[str]) -> None:
-    if wrong:
-        shown = "\n".join(wrong[:20])
-        pytest.fail(f"{len(wrong)} differences; the first of them:\n{shown}", pytrace=False)
+    return check_all(lambda subject: serving(nbd, folder, subject, parallel), subjects, requests)
 
 
 @pytest.mark.parametrize("parallel", [False, True], ids=["serialized", "parallel"])

@@ -12,7 +12,7 @@ import errno
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import product
 from pathlib import Path
@@ -22,7 +22,7 @@ import pytest
 
 import fua_subjects
 import support
-from fua_driver import Driver, FileLog, Log, join_pieces
+from fua_driver import Driver, FileLog, Log, Serve, check_all, join_pieces, report
 from fua_model import (
     ANSWERS,
     FORMS,
@@ -68,8 +68,6 @@ REQUESTS = [
     *PLAIN[:6],  # After all that went wrong, the connection is as good as new.
 ]
 """What every subject is asked, in this order."""
-
-Serve = Callable[..., AbstractContextManager[Driver]]
 
 
 @pytest.fixture
@@ -123,26 +121,6 @@ def serve_by_nbdkit(nbd: ModuleType, sockdir: Path) -> Serve:
             os.kill(int(pidfile.read_text()), signal.SIGTERM)
 
     return start
-
-
-def check_all(serve: Serve, subjects: Iterable[Subject], requests: Sequence[Request]) -> list[str]:
-    """What differs, of all subjects; those with the same script share a server."""
-    groups: dict[str, list[Subject]] = {}
-    for subject in subjects:
-        script = NATIVE if subject.form == NATIVE else fua_subjects.script(subject)
-        groups.setdefault(script, []).append(subject)
-    wrong = []
-    for group in groups.values():
-        with serve(group[0]) as driver:
-            for subject in group:
-                wrong += driver.check(subject, requests)
-    return wrong
-
-
-def report(wrong: Sequence[str]) -> None:
-    if wrong:
-        shown = "\n".join(wrong[:20])
-        pytest.fail(f"{len(wrong)} differences; the first of them:\n{shown}", pytrace=False)
 
 
 def block_name(callbacks: frozenset[str]) -> str:

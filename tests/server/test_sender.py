@@ -88,7 +88,7 @@ def test_what_is_left(pieces: list[Any], data: st.DataObject) -> None:
     whole = b"".join(pieces)
     sent = data.draw(st.integers(0, len(whole) - 1))
     before = list(pieces)
-    rest = sender._after(pieces, sent)
+    rest = sender.after(pieces, sent)
     assert b"".join(rest) == whole[sent:]
     assert rest[0]
     assert pieces == before

@@ -23,7 +23,7 @@ from pynbdkit.chain import Chain
 from pynbdkit.complete import Layer
 from pynbdkit.flags import ThreadModel
 from pynbdkit.server import server as server_module
-from pynbdkit.server.listen import listen_unix
+from pynbdkit.server.listen import QUIET, listen_unix
 from pynbdkit.server.server import Server
 from raw import DISC, FLUSH, READ, WRITE, Raw
 
@@ -746,7 +746,7 @@ def test_the_same_trouble_is_said_again_after_a_while(
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     server = Server(Chain(Recorder()))
-    for step in (0.0, 1.0, 5.0, server_module.QUIET, 0.0):
+    for step in (0.0, 1.0, 5.0, QUIET, 0.0):
         now += step
         server._complain("too many")
     server._complain("another")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 from _thread import get_ident
+from operator import index
 
 from .. import log
 from ..device import is_async, then
@@ -44,6 +45,16 @@ def set_error(number: int) -> None:
 def forget() -> None:
     """A new call begins: what an earlier one gave to set_error does not count."""
     pending.pop(get_ident(), None)
+
+
+def as_extents(answer: Any) -> list[tuple[int, int, int]]:
+    """What a script's extents returned, as tuples of integers. Raises OSError(EIO)."""
+    try:
+        return [(index(start), index(length), index(kind)) for start, length, kind in answer]
+    except (TypeError, ValueError):
+        raise OSError(
+            errno.EIO, f"extents returned {answer!r:.100}, not a list of (offset, length, type)"
+        ) from None
 
 
 def failed(failure: BaseException, told: int | None = None) -> BaseException:

@@ -7,13 +7,11 @@ call's own context, not by thread.
 
 from __future__ import annotations
 
-import errno
 from contextvars import ContextVar
-from operator import index
 
 from ..device import is_awaitable
 from . import callbacks
-from .callbacks import cause, failed
+from .callbacks import as_extents, cause, failed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -86,13 +84,7 @@ def extents(call: Callable[..., Any], handle: Any) -> Callable[..., Any]:
     ask = calling(as_list)
 
     async def extents(count: int, offset: int, flags: int = 0) -> list[tuple[int, int, int]]:
-        answer = await ask(count, offset, flags)
-        try:
-            return [(index(start), index(length), index(kind)) for start, length, kind in answer]
-        except (TypeError, ValueError):
-            raise OSError(
-                errno.EIO, f"extents returned {answer!r:.100}, not a list of (offset, length, type)"
-            ) from None
+        return as_extents(await ask(count, offset, flags))
 
     return extents
 

@@ -18,11 +18,8 @@ Where one of these is `async def`, all of them run on the event loop (`coroutine
 
 from __future__ import annotations
 
-import errno
-from operator import index
-
 from ..device import Device, is_async
-from .callbacks import QUESTIONS, calling, cause, failed, forget, pending, questions
+from .callbacks import QUESTIONS, as_extents, calling, cause, failed, forget, pending, questions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -98,13 +95,7 @@ def _extents(call: Callable[..., Any], handle: Any) -> Callable[..., Any]:
     ask = calling(as_list, handle)
 
     def extents(count: int, offset: int, flags: int = 0) -> list[tuple[int, int, int]]:
-        answer = ask(count, offset, flags)
-        try:
-            return [(index(start), index(length), index(kind)) for start, length, kind in answer]
-        except (TypeError, ValueError):
-            raise OSError(
-                errno.EIO, f"extents returned {answer!r:.100}, not a list of (offset, length, type)"
-            ) from None
+        return as_extents(ask(count, offset, flags))
 
     return extents
 

@@ -14,7 +14,6 @@ its channel that it is to end, however the supervisor has come to its own end.
 from __future__ import annotations
 
 import atexit
-import errno
 import os
 import select
 import signal
@@ -24,9 +23,11 @@ import time
 
 from .. import log
 from ..errors import ConfigError
+from ..processors import usable
 from ..server import handover
 from ..server.handover import NUMBER, Channel, WorkerServer
-from ..server.server import QUIET, SLICE
+from ..server.listen import Complaints, accept
+from ..server.server import SLICE
 from . import background
 from .step import step
 
@@ -51,14 +52,6 @@ TOO_OFTEN: Final = 10
 SIGNALS: Final = (*background.STOP_SIGNALS, signal.SIGHUP, signal.SIGCHLD)
 
 
-def usable_cpus() -> int:
-    """How many processors this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
-
-
 def number_of(text: str | None) -> int:
     """What --workers says. Raises UsageError."""
     from ..parse import parse_int
@@ -67,9 +60,9 @@ def number_of(text: str | None) -> int:
     if text is None:
         return 1
     if text == "auto":
-        return min(usable_cpus(), MOST)
+        return min(usable(), MOST)
     try:
-        return parse_int("--workers", text, 0, MOST) or min(usable_cpus(), MOST)
+        return parse_int("--workers", text, 0, MOST) or min(usable(), MOST)
     except ValueError as error:
         raise UsageError(f"{error}: expecting a number, or auto") from None
 
@@ -182,7 +175,7 @@ class Supervisor:
         """Clients that were accepted and have no worker."""
         self._clients = 0
         self._rests_until = 0.0
-        self._said: dict[str, float] = {}
+        self._complain = Complaints()
         self._early = 0
         self._status = 0
         self._asked = self._reload = self._child_ended = False
@@ -384,19 +377,10 @@ class Supervisor:
         return min(found, key=lambda worker: worker.load) if found else None
 
     def _accept(self, listener: socket.socket) -> None:
-        try:
-            client, _ = listener.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
-        except OSError as error:
-            if error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
-                raise  # not a listening socket: this does not mend itself
-            now = time.monotonic()
-            self._rests_until = now + SLICE  # connections that end make room
-            message = f"accept: {error.strerror}"
-            if now >= self._said.get(message, 0.0):
-                log.error(message)
-                self._said[message] = now + QUIET
+        client, able = accept(listener, self._complain)
+        if not able:
+            self._rests_until = time.monotonic() + SLICE  # connections that end make room
+        if client is None:
             return
         self._clients += 1
         self._waiting.append((self._clients, client))

@@ -40,6 +40,22 @@ LEAD: Final = "lead"
 """In the queue: a worker is to lead (`Crew._lead`)."""
 
 
+def weight_of(request: Request) -> int:
+    """The bytes that a request keeps: its payload's, or those of what it reads."""
+    kind, count = request[1], request[4]
+    if request[5] is not None or (kind == CMD_READ and count <= MAX_PAYLOAD):
+        return count
+    return 0
+
+
+def keeping_payload(request: Request) -> Request:
+    """The request with a payload of its own, which stays when the parser's buffer is used again."""
+    flags, kind, cookie, offset, count, payload = request
+    if payload is None:
+        return request
+    return flags, kind, cookie, offset, count, memoryview(bytes(payload))
+
+
 class Crew:
     """A connection's worker threads: started when there is work, at most `limit` of them."""
 
@@ -83,16 +99,12 @@ class Crew:
         for request in requests:
             if request is None:
                 continue
-            flags, kind, cookie, offset, count, payload = request
+            flags, kind, _, _, _, payload = request
             if kind == CMD_DISC:
                 self._transmission.goodbye = True
                 raise Disconnect("")
-            weight = 0
-            if payload is not None:
-                weight = count
-                request = (flags, kind, cookie, offset, count, memoryview(bytes(payload)))
-            elif kind == CMD_READ and count <= MAX_PAYLOAD:
-                weight = count
+            weight = weight_of(request)
+            request = keeping_payload(request)
             with self._lock:
                 while self._inflight and (
                     self._bytes + weight > BUDGET or self._inflight >= 4 * self._limit + 64

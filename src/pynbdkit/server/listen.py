@@ -8,7 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import time
 
+from .. import log
 from ..errors import ConfigError
 
 TYPE_CHECKING = False
@@ -31,9 +33,41 @@ KEEPALIVE_IDLE: Final = 60
 """Seconds of silence after which a TCP client is asked whether it is there. The system's two hours
 keep the buffers, threads and exclusive devices of a client whose machine has lost its power."""
 KEEPALIVE_INTERVAL: Final = 15
+QUIET: Final = 10.0
+"""Seconds in which the same trouble with accepting clients is not said again."""
 KEEPALIVE_COUNT: Final = 8
 """Eight questions without an answer, a quarter of a minute apart: a network may be away for two
 minutes (a switch that starts anew) without a connection lost."""
+
+
+class Complaints:
+    """Says what is wrong; but while it stays so, not for each client or attempt."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, float] = {}
+
+    def __call__(self, message: str) -> None:
+        """Log an error, unless it was said a moment ago."""
+        now = time.monotonic()
+        if now >= self._said.get(message, 0.0):
+            log.error(message)
+            self._said[message] = now + QUIET
+
+
+def accept(listener: socket.socket, complain: Complaints) -> tuple[socket.socket | None, bool]:
+    """The next client, None where there is none; and whether the system can accept now.
+
+    If it cannot, that was said. Raises OSError where `listener` is no listening socket (any more).
+    """
+    try:
+        return listener.accept()[0], True
+    except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+        return None, True
+    except OSError as error:
+        if error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
+            raise  # this does not mend itself
+        complain(f"accept: {error.strerror}")
+        return None, False
 
 
 def tune(sock: socket.socket) -> None:

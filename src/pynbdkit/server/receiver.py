@@ -10,11 +10,11 @@ How it receives depends on what has come lately:
 
 from __future__ import annotations
 
-import os
 import socket
 from struct import Struct
 from time import perf_counter
 
+from ..processors import usable
 from ..protocol.requests import RequestParser
 
 TYPE_CHECKING = False
@@ -34,11 +34,7 @@ SINGLE: Final = 8
 MAX_REST: Final = 4096
 """Requests that are waited for without polling, at most, after polling that found nothing."""
 TIMEVAL: Final = Struct("ll")
-_SEVERAL_CPUS: Final = (
-    len(os.sched_getaffinity(0)) > 1
-    if hasattr(os, "sched_getaffinity")
-    else ((os.cpu_count() or 1) > 1)
-)
+_SEVERAL_CPUS: Final = usable() > 1
 
 
 class Disconnect(Exception):

@@ -310,21 +310,10 @@ class Runner:
     ) -> int:
         """Do a request that was checked, and put its reply on `ready`."""
         layer = self._layer
-        fua = Flag.FUA if flags & CMD_FLAG_FUA else 0
         if kind == CMD_READ:
             return self.put_data(cookie, offset, count, layer.unchecked_pread(count, offset, 0))
-        if kind == CMD_WRITE:
-            layer.pwrite(payload, offset, fua)
-        elif kind == CMD_FLUSH:
-            layer.flush(0)
-        elif kind == CMD_TRIM:
-            layer.trim(count, offset, fua)
-        elif kind == CMD_CACHE:
-            layer.cache(count, offset, 0)
-        else:
-            may_trim = 0 if flags & CMD_FLAG_NO_HOLE else Flag.MAY_TRIM
-            fast = Flag.FAST_ZERO if flags & CMD_FLAG_FAST_ZERO else 0
-            layer.zero(count, offset, fua | may_trim | fast)
+        name, arguments = operation_of(flags, kind, offset, count, payload)
+        getattr(layer, name)(*arguments)
         self.put_done(cookie, offset)
         return 0
 
@@ -350,16 +339,21 @@ class Runner:
         self, flags: int, cookie: int, offset: int, count: int, contexts: Iterable[int]
     ) -> int:
         """Put a block status on `ready`: a chunk for each context; returns its bytes."""
-        layer = self._layer
-        one = Flag.REQ_ONE if flags & CMD_FLAG_REQ_ONE else 0
         found: list[tuple[int, Sequence[Extent]]] = []
         for number in contexts:
-            name = self.contexts[number]
-            if name == CONTEXT_BASE_ALLOCATION:
-                found.append((number, layer.extents(count, offset, one)))
-            else:
-                found.append((number, layer.block_status(name, count, offset, one)))
+            name, arguments = self.question_of(number, flags, offset, count)
+            found.append((number, getattr(self._layer, name)(*arguments)))
         return self.put_status(cookie, offset, found)
+
+    def question_of(
+        self, number: int, flags: int, offset: int, count: int
+    ) -> tuple[str, tuple[Any, ...]]:
+        """The operation that answers for a context, by ID, and its arguments."""
+        one = Flag.REQ_ONE if flags & CMD_FLAG_REQ_ONE else 0
+        name = self.contexts[number]
+        if name == CONTEXT_BASE_ALLOCATION:
+            return "extents", (count, offset, one)
+        return "block_status", (name, count, offset, one)
 
     def put_status(
         self, cookie: int, offset: int, found: Sequence[tuple[int, Sequence[Extent]]]
@@ -404,6 +398,24 @@ class Runner:
             self.ready.append(encode_error(cookie, error, why, where, at))
         else:
             self.ready.append(SIMPLE.pack(SIMPLE_REPLY_MAGIC, error, cookie))
+
+
+def operation_of(
+    flags: int, kind: int, offset: int, count: int, payload: memoryview | None
+) -> tuple[str, tuple[Any, ...]]:
+    """The operation that does a command which returns no data, and its arguments."""
+    fua = Flag.FUA if flags & CMD_FLAG_FUA else 0
+    if kind == CMD_WRITE:
+        return "pwrite", (payload, offset, fua)
+    if kind == CMD_FLUSH:
+        return "flush", (0,)
+    if kind == CMD_TRIM:
+        return "trim", (count, offset, fua)
+    if kind == CMD_CACHE:
+        return "cache", (count, offset, 0)
+    may_trim = 0 if flags & CMD_FLAG_NO_HOLE else Flag.MAY_TRIM
+    fast = Flag.FAST_ZERO if flags & CMD_FLAG_FAST_ZERO else 0
+    return "zero", (count, offset, fua | may_trim | fast)
 
 
 def _is_zero(data: bytes | bytearray | memoryview, count: int) -> bool:

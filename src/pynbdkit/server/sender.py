@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing import Any, Final
 
 IOV_MAX: Final = min(os.sysconf("SC_IOV_MAX"), 1024)
+"""Pieces of one send."""
 
 
 class Sender:
@@ -32,11 +33,14 @@ class Sender:
         """Whether replies are on their way to the client, or stuck there."""
         return self.lock.locked()
 
-    def send(self) -> None:
-        """Send every reply that is ready. Raises OSError when the client is gone."""
+    def send(self, wait: bool = True) -> None:
+        """Send every reply that is ready. Raises OSError when the client is gone.
+
+        `wait` is False: leave it to the thread that is sending already, if there is one.
+        """
         ready = self._ready
         lock = self.lock
-        while ready and lock.acquire():
+        while ready and lock.acquire(wait):
             try:
                 pieces = ready[:IOV_MAX]
                 del ready[: len(pieces)]
@@ -46,17 +50,8 @@ class Sender:
                 lock.release()
 
     def send_ready(self) -> None:
-        """As `send`, but leaves it to the thread that is sending already, if there is one."""
-        ready = self._ready
-        lock = self.lock
-        while ready and lock.acquire(blocking=False):
-            try:
-                pieces = ready[:IOV_MAX]
-                del ready[: len(pieces)]
-                if pieces:
-                    self._send(pieces)
-            finally:
-                lock.release()
+        """As `send`, without waiting for another thread that sends."""
+        self.send(wait=False)
 
     def send_without_waiting(self) -> bool:
         """Send what the client takes now; False: there is more. Raises OSError. (Plain sockets.)"""
@@ -73,7 +68,7 @@ class Sender:
                 except BlockingIOError:
                     sent = 0
                 if sent < sum(map(len, pieces)):
-                    ready[:0] = _after(pieces, sent)  # others append only: this stays the beginning
+                    ready[:0] = after(pieces, sent)  # others append only: this stays the beginning
                     return False
             finally:
                 lock.release()
@@ -84,17 +79,18 @@ class Sender:
         total = sum(map(len, pieces))
         while sent < total:  # a signal, or a socket that takes less
             total -= sent
-            pieces = _after(pieces, sent)
+            pieces = after(pieces, sent)
             sent = self.sock.sendmsg(pieces)
 
 
-def _after(pieces: list[Any], sent: int) -> list[Any]:
+def after(pieces: list[Any], sent: int) -> list[Any]:
     """What is left of pieces after `sent` bytes."""
-    done = 0
-    while sent >= len(pieces[done]):
-        sent -= len(pieces[done])
-        done += 1
-    rest = pieces[done:]
-    if sent:
-        rest[0] = memoryview(rest[0])[sent:]
-    return rest
+    for number, piece in enumerate(pieces):
+        size = len(piece)
+        if sent < size:
+            rest = pieces[number:]
+            if sent:
+                rest[0] = memoryview(piece)[sent:]
+            return rest
+        sent -= size
+    return []

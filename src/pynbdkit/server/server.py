@@ -7,7 +7,6 @@ connections; `stop` → listeners closed → connections end → cleanup → unl
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import signal
@@ -19,7 +18,7 @@ from .. import log
 from ..flags import ThreadModel
 from ..session import stops
 from .carousel import Carousel
-from .listen import tune
+from .listen import Complaints, accept, tune
 from .watch import Watch
 
 TYPE_CHECKING = False
@@ -37,8 +36,6 @@ SLICE = 0.1
 where the system refuses: a connection that ends makes room, and networks come back."""
 LEISURE = 5
 """Milliseconds without a client, after the start, until what clients need is loaded."""
-QUIET = 10.0
-"""Seconds in which the same trouble with accepting clients is not said again."""
 STOP_PATIENCE = 10.0
 """Seconds that clients get, after `stop`, to take the replies that are due. Requests that run are
 waited for, however long they take."""
@@ -110,7 +107,7 @@ class Server:
         self._asked = False
         self._closes = False
         self._reload = False
-        self._said: dict[str, float] = {}
+        self._complain = Complaints()
         self._listeners = list(listeners)
         self._connections: set[Connection] = set()
         self._none_left = threading.Condition()
@@ -264,15 +261,9 @@ class Server:
 
     def _accept(self, listener: socket.socket) -> bool:
         """Accept a client, if there is one; False if the system cannot at the moment."""
-        try:
-            sock, _ = listener.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return True
-        except OSError as error:
-            if error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
-                raise  # not a listening socket: this does not mend itself
-            self._complain(f"accept: {error.strerror}")
-            return False
+        sock, able = accept(listener, self._complain)
+        if sock is None:
+            return able
         connection = None
         try:
             sock.setblocking(True)
@@ -286,13 +277,6 @@ class Server:
             if connection is not None:
                 self.forget(connection)
         return True
-
-    def _complain(self, message: str) -> None:
-        """Say what is wrong; but while it stays so, not for each client or attempt."""
-        now = time.monotonic()
-        if now >= self._said.get(message, 0.0):
-            log.error(message)
-            self._said[message] = now + QUIET
 
     def _admit(self, sock: socket.socket) -> Connection:
         self._count += 1

@@ -30,26 +30,24 @@ from itertools import count as counter
 
 from .. import log
 from ..asynchronous import ASKED, AsyncLayer, coroutines
-from ..flags import Flag, Fua
+from ..flags import Fua
 from ..loop import context_for
 from ..protocol.constants import (
     CMD_BLOCK_STATUS,
     CMD_CACHE,
     CMD_DISC,
-    CMD_FLAG_FAST_ZERO,
     CMD_FLAG_FUA,
-    CMD_FLAG_NO_HOLE,
-    CMD_FLAG_REQ_ONE,
     CMD_FLUSH,
     CMD_READ,
     CMD_TRIM,
     CMD_WRITE,
     CMD_WRITE_ZEROES,
-    CONTEXT_BASE_ALLOCATION,
     MAX_PAYLOAD,
 )
-from .crew import BUDGET, Crew
+from .crew import BUDGET, Crew, keeping_payload, weight_of
 from .receiver import LONG_SILENCE, Disconnect
+from .runner import operation_of
+from .sender import IOV_MAX, after
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,8 +61,6 @@ if TYPE_CHECKING:
 
 MOST: Final = 1024
 """Requests of a connection that are in flight at once."""
-PIECES: Final = 1024
-"""Pieces of one send (IOV_MAX)."""
 TURN: Final = 1 << 20
 """Bytes that one connection sends in a round of the loop, before others have their turn."""
 LATER: Final = 0.005
@@ -163,7 +159,7 @@ class Tasks:
             if request[1] in self._threaded:
                 threaded.append(request)
                 continue
-            weight = _weight(request)
+            weight = weight_of(request)
             if self._is_full(weight):
                 self._hand_over(batch)
                 batch = []
@@ -180,10 +176,7 @@ class Tasks:
         """From here on it is in flight, and its payload is its own."""
         self._handed += 1
         self._handed_bytes += weight
-        flags, kind, cookie, offset, count, payload = request
-        if payload is not None:
-            request = (flags, kind, cookie, offset, count, memoryview(bytes(payload)))
-        return request, weight
+        return keeping_payload(request), weight
 
     def _hand_over(self, batch: list[tuple[Request, int]]) -> None:
         if batch:
@@ -251,7 +244,7 @@ class Tasks:
                 self._failure = Disconnect("")
                 pending.clear()
                 break
-            weight = _weight(pending[0])
+            weight = weight_of(pending[0])
             if self._is_full(weight):
                 break
             batch.append(self._admit(pending.popleft(), weight))
@@ -367,36 +360,20 @@ class Tasks:
         contexts: Any,
     ) -> int:
         """Do a request that was checked, and make its reply; returns the bytes of a status."""
-        transmission, operations = self._transmission, self._operations
-        fua = Flag.FUA if flags & CMD_FLAG_FUA else 0
+        runner, operations = self._transmission.runner, self._operations
         if kind == CMD_READ:
             found = await operations["pread"](count, offset, 0)
-            transmission.runner.put_data(cookie, offset, count, found)
+            runner.put_data(cookie, offset, count, found)
             return 0
         if kind == CMD_BLOCK_STATUS:
-            one = Flag.REQ_ONE if flags & CMD_FLAG_REQ_ONE else 0
             answers = []
             for number in contexts:
-                name = transmission.runner.contexts[number]
-                if name == CONTEXT_BASE_ALLOCATION:
-                    extents = await operations["extents"](count, offset, one)
-                else:
-                    extents = await operations["block_status"](name, count, offset, one)
-                answers.append((number, extents))
-            return transmission.runner.put_status(cookie, offset, answers)
-        if kind == CMD_WRITE:
-            await operations["pwrite"](payload, offset, fua)
-        elif kind == CMD_FLUSH:
-            await operations["flush"](0)
-        elif kind == CMD_TRIM:
-            await operations["trim"](count, offset, fua)
-        elif kind == CMD_CACHE:
-            await operations["cache"](count, offset, 0)
-        else:
-            may_trim = 0 if flags & CMD_FLAG_NO_HOLE else Flag.MAY_TRIM
-            fast = Flag.FAST_ZERO if flags & CMD_FLAG_FAST_ZERO else 0
-            await operations["zero"](count, offset, fua | may_trim | fast)
-        transmission.runner.put_done(cookie, offset)
+                name, arguments = runner.question_of(number, flags, offset, count)
+                answers.append((number, await operations[name](*arguments)))
+            return runner.put_status(cookie, offset, answers)
+        name, arguments = operation_of(flags, kind, offset, count, payload)
+        await operations[name](*arguments)
+        runner.put_done(cookie, offset)
         return 0
 
     # -- sending ---------------------------------------------------------------------------------
@@ -452,11 +429,11 @@ class Tasks:
                 if not pieces:
                     if not ready:
                         break
-                    pieces = ready[:PIECES]
+                    pieces = ready[:IOV_MAX]
                     del ready[: len(pieces)]
                 sent = self._sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
                 left -= sent
-                pieces = _without(pieces, sent)
+                pieces = after(pieces, sent)
                 if left <= 0 and (pieces or ready):
                     self._rest = pieces
                     self._loop.call_soon(self._send_rest)
@@ -484,27 +461,6 @@ class Tasks:
         self._gone = True
         self._ready.clear()
         self._transmission.give_up(failure)
-
-
-def _weight(request: Request) -> int:
-    """The bytes that a request keeps: its payload's, or those of what it reads."""
-    kind, count = request[1], request[4]
-    if request[5] is not None or (kind == CMD_READ and count <= MAX_PAYLOAD):
-        return count
-    return 0
-
-
-def _without(pieces: list[Any], sent: int) -> list[Any]:
-    """The pieces behind the first `sent` bytes."""
-    for index, piece in enumerate(pieces):
-        size = len(piece)
-        if sent < size:
-            rest = pieces[index:]
-            if sent:
-                rest[0] = memoryview(piece)[sent:]
-            return rest
-        sent -= size
-    return []
 
 
 class Courier:

@@ -81,7 +81,6 @@ class Transmission:
         """`lock` is held around calls (serialize_all_requests); `name` is the plugin's."""
         self._sock = sock
         self._session = session
-        self._name = name
         self._lock = lock
         self._watch = watch
         self._carousel = carousel
