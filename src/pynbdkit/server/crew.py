@@ -77,6 +77,7 @@ class Crew:
         self._held: list[tuple[Request, int]] = []  # writes with FUA that wait for the leader
         self._leading = False
         self._closed = False
+        self._complained = False  # of threads that cannot be started: once is enough
         self._calls = 0
         self._seconds = 0.0
 
@@ -124,7 +125,7 @@ class Crew:
             else:
                 self._queue.put((request, weight))
             if wanted and not self._start_worker() and not self._workers:
-                raise Disconnect("no thread can be started")
+                self._work_here()
 
     def leave_behind(self, target: Callable[[], None]) -> bool:
         """The reader stays in its call, `target` goes on in a new thread; False: it cannot."""
@@ -144,8 +145,8 @@ class Crew:
         with self._lock:
             self._left_behind -= 1
             wanted = self._wants_worker()
-        if wanted:
-            self._start_worker()
+        if wanted and not self._start_worker() and not self._workers:
+            self._work_here()
 
     def _wants_worker(self) -> bool:
         """Whether to start a worker, which counts from now on (call it with the lock)."""
@@ -167,7 +168,9 @@ class Crew:
         try:
             thread.start()
         except RuntimeError as error:  # the system has no more of them
-            log.error(f"a thread cannot be started: {error}")
+            if not self._complained:
+                self._complained = True
+                log.error(f"a thread cannot be started, fewer requests run at a time: {error}")
             return False
         with self._lock:
             if len(self._threads) > 2 * self._limit:
@@ -181,33 +184,55 @@ class Crew:
         target()
 
     def _work(self) -> None:
-        transmission = self._transmission
         get = self._queue.get
         while True:
             item = get()
             if item is None:
-                self._queue.put(None)
-                if self._queue.qsize() > 1:
-                    continue  # a leader has handed something back meanwhile
+                if self._is_last():
+                    return
+            elif self._left_behind and self._retire(item):
                 return
-            if self._left_behind and self._retire(item):
-                return
-            if item is LEAD:
-                self._lead()
-                continue
-            (flags, kind, cookie, offset, count, payload), weight = item
-            started = perf_counter()
+            else:
+                self._do(item)
+
+    def _work_here(self) -> None:
+        """Do what is queued in this thread: the system has no other one for it."""
+        from queue import Empty
+
+        while not self._workers:
             try:
-                size = transmission.run_request(flags, kind, cookie, offset, count, payload)
-                seconds = perf_counter() - started
-                if size > SMALL_REPLY or transmission.pieces_ready > MANY_REPLIES:
-                    transmission.send()  # waits when the client does not read: so do we
-                else:
-                    transmission.send_ready()
-            except BaseException as error:  # a request that nobody answers is a client that waits
-                transmission.give_up(error)
-                seconds = 0.0
-            self._done(1, weight, seconds)
+                item = self._queue.get_nowait()
+            except Empty:
+                return
+            if item is not None:
+                self._do(item)
+            elif self._is_last():
+                return
+
+    def _is_last(self) -> bool:
+        """Put the end of the queue back; False: a leader has handed something back meanwhile."""
+        self._queue.put(None)
+        return bool(self._queue.qsize() <= 1)
+
+    def _do(self, item: Any) -> None:
+        """Run what was queued, and answer."""
+        if item is LEAD:
+            self._lead()
+            return
+        transmission = self._transmission
+        (flags, kind, cookie, offset, count, payload), weight = item
+        started = perf_counter()
+        try:
+            size = transmission.run_request(flags, kind, cookie, offset, count, payload)
+            seconds = perf_counter() - started
+            if size > SMALL_REPLY or transmission.pieces_ready > MANY_REPLIES:
+                transmission.send()  # waits when the client does not read: so do we
+            else:
+                transmission.send_ready()
+        except BaseException as error:  # a request that nobody answers is a client that waits
+            transmission.give_up(error)
+            seconds = 0.0
+        self._done(1, weight, seconds)
 
     def _lead(self) -> None:
         """Make writes with FUA stable together, those that came during a sync by the next one."""
