@@ -29,7 +29,7 @@ from pynbdkit import Device, Fua, Plugin, RunningServer, Session, ThreadModel
 from pynbdkit.complete import Layer
 from pynbdkit.protocol.negotiated import ExportInfo, Negotiated
 from pynbdkit.protocol.requests import RequestParser
-from pynbdkit.server import carousel, crew, runner, server, transmission, watch
+from pynbdkit.server import carousel, crew, runner, server, transmission, waiting, watch
 from pynbdkit.server.carousel import SEVERAL, Carousel
 from pynbdkit.server.crew import Crew
 from pynbdkit.server.transmission import SMALL_REQUEST, Transmission
@@ -172,7 +172,7 @@ def eager(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if "nbd" not in request.fixturenames:
         monkeypatch.setattr(transmission, "SEVERAL", 2)
         monkeypatch.setattr(carousel, "SWEEP", 1000.0)
-        monkeypatch.setattr(transmission, "SLOW_CALL", 1000.0)
+        monkeypatch.setattr(waiting, "SLOW_CALL", 1000.0)
         monkeypatch.setattr(watch, "TICK", 0.02)
 
 
@@ -473,7 +473,7 @@ def test_connections_come_and_go_and_leave_nothing() -> None:
 # -- calls that wait -------------------------------------------------------------------------------
 
 
-def waiting(release: threading.Event) -> tuple[threading.Event, Callable[[int], None]]:
+def stuck(release: threading.Event) -> tuple[threading.Event, Callable[[int], None]]:
     """A read at 8 sets the first, and waits for `release`."""
     entered = threading.Event()
 
@@ -502,8 +502,8 @@ def test_calls_that_wait_hold_up_nobody(
     calls: int, release: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(crew, "SAMPLE", 16)
-    monkeypatch.setattr(crew, "QUICK_CALL", 10.0)
-    entered, on_read = waiting(release)
+    monkeypatch.setattr(waiting, "QUICK_CALL", 10.0)
+    entered, on_read = stuck(release)
     plugin = Disks(None, on_read)
     with serving(plugin, 5, release) as (_, clients):
         for _ in range(3):
@@ -526,7 +526,7 @@ def test_calls_that_wait_hold_up_nobody(
 
 def test_what_came_with_a_call_that_waits_is_answered(release: threading.Event) -> None:
     """The rest of its batch, and what is not there yet; its own reply comes when it ends."""
-    _, on_read = waiting(release)
+    _, on_read = stuck(release)
     plugin = Disks(None, on_read)
     offsets = range(1024, 1024 + 512 * 50, 512)
     with serving(plugin, 2, release) as (_, (client, other)):
@@ -545,7 +545,7 @@ def test_what_came_with_a_call_that_waits_is_answered(release: threading.Event) 
 
 
 def test_the_end_of_a_client_whose_call_waits(release: threading.Event) -> None:
-    entered, on_read = waiting(release)
+    entered, on_read = stuck(release)
     plugin = Disks(None, on_read)
     with serving(plugin, 3, release) as (running, (client, *others)):
         wait_on_the_carousel(plugin, client, others, entered)
@@ -580,7 +580,7 @@ def test_a_reader_that_is_left_behind_as_its_call_ends_does_not_ride(
 
     monkeypatch.setattr(Carousel, "ride", note)
     monkeypatch.setattr(Crew, "leave_behind", slow)
-    entered, on_read = waiting(release)
+    entered, on_read = stuck(release)
     plugin = Disks(None, on_read)
     request = Raw.request(READ, 512, 512, 512)
     with serving(plugin, 2, release) as (_, (other, client)):
@@ -602,7 +602,7 @@ def test_a_turn_that_ends_while_its_connection_is_being_left_behind(
 ) -> None:
     """What comes just then is for the new reader alone; and the old one does not wait for ever."""
     leave_behind = Crew.leave_behind
-    entered, on_read = waiting(release)
+    entered, on_read = stuck(release)
     more = threading.Event()
     offsets = range(0, 96 * SMALL_REQUEST, SMALL_REQUEST)
 
@@ -668,7 +668,7 @@ def test_calls_that_wait_a_little_get_off_and_run_in_threads(
     plugin = Disks(None, lambda offset: nothing.wait(0.001) if slow.is_set() else None)
     with serving(plugin, 2) as (_, (client, other)):
         board(plugin, client, other)
-        monkeypatch.setattr(transmission, "SLOW_CALL", 60e-6)
+        monkeypatch.setattr(waiting, "SLOW_CALL", 60e-6)
         slow.set()
         for _ in range(ROUNDS):
             plugin.ran.clear()
@@ -704,7 +704,7 @@ def test_writes_that_are_made_stable_get_off(monkeypatch: pytest.MonkeyPatch) ->
     plugin = Stables(None)
     with serving(plugin, 2) as (_, (client, other)):
         board(plugin, client, other)
-        monkeypatch.setattr(transmission, "SLOW_CALL", 0.0005)
+        monkeypatch.setattr(waiting, "SLOW_CALL", 0.0005)
         plugin.ran.clear()
         for _ in range(3):
             client.ask(WRITE, 1, 0, 512, flags=1, payload=CONTENT[:512])
@@ -753,7 +753,7 @@ def test_a_plugin_stops_the_server(blocking: bool | None) -> None:
 def test_a_stop_lets_calls_end_and_answers_them(
     blocking: bool | None, release: threading.Event
 ) -> None:
-    entered, on_read = waiting(release)
+    entered, on_read = stuck(release)
     plugin = Disks(blocking, on_read)
     before = len(os.listdir("/proc/self/fd"))
     with serving(plugin, 3, release) as (running, (client, *others)):
@@ -879,7 +879,7 @@ def test_without_another_thread_for_the_carousel_nobody_waits(
     release: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its thread is left behind in a call: the others get off."""
-    entered, on_read = waiting(release)
+    entered, on_read = stuck(release)
     plugin = Disks(None, on_read)
     with serving(plugin, 3, release) as (running, (client, *others)):
         board(plugin, client, *others)
@@ -971,8 +971,11 @@ class Scored(SimpleNamespace):
     def __init__(self, place: Any) -> None:
         super().__init__(_carousel=place, _others=0, off=None, _dispatching=False, _waited=False)
         self._fewest = 0
+        self._may_ride = True
+        self.receiver = SimpleNamespace(alone=True)
 
     def has_company(self, count: int = SMALL_REQUEST) -> bool:
+        Transmission._look_around(self)  # type: ignore[arg-type]
         return Transmission._has_company(self, count)  # type: ignore[arg-type]
 
 
@@ -1005,6 +1008,20 @@ def test_the_score_where_each_batch_follows_anothers(steps: list[int]) -> None:
         assert own == [2 * number >= SEVERAL for number in range(1, len(own) + 1)]
 
 
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=200))
+def test_the_score_says_who_is_alone(turns: list[int]) -> None:
+    """Who has come as often as it takes with nobody else between, after however much company."""
+    place = SimpleNamespace(last=None, connections=3)
+    all_of_them = [Scored(place) for _ in range(3)]
+    for turn in turns:
+        all_of_them[turn].has_company()
+        assert all_of_them[turn].receiver.alone == (all_of_them[turn]._others == 0)
+    lonely = all_of_them[0]
+    for _ in range(SEVERAL + 2):
+        assert not lonely.has_company() or not lonely.receiver.alone
+    assert lonely.receiver.alone
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(3, 30)), min_size=40, max_size=60))
 def test_the_score_of_those_who_come_in_bursts(bursts: list[tuple[int, int]]) -> None:
     turns: list[int] = []
@@ -1026,6 +1043,7 @@ def test_the_score_counts_only_for_small_requests_that_run_where_they_are_read()
         ({"_dispatching": True}, SMALL_REQUEST, False),
         ({"_waited": True}, SMALL_REQUEST, False),
         ({"_fewest": 5}, SMALL_REQUEST, True),
+        ({"_may_ride": False}, SMALL_REQUEST, False),
         ({"_fewest": 6}, SMALL_REQUEST, False),  # their calls make none into the kernel
     ]
     for change, count, rides in cases:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from pynbdkit.protocol.constants import CMD_READ
-from pynbdkit.server.crew import Crew
+from pynbdkit.server import crew as crew_module
+from pynbdkit.server.crew import SAMPLE, Crew
 from pynbdkit.session import Session
 
 
@@ -20,6 +22,7 @@ class Requests:
 
     def __init__(self) -> None:
         self.run: list[tuple[int, threading.Thread]] = []
+        self.judged: list[int] = []
 
     def run_request(self, flags: int, kind: int, cookie: int, *_: Any) -> int:
         self.run.append((cookie, threading.current_thread()))
@@ -27,6 +30,9 @@ class Requests:
 
     def send_ready(self) -> None:
         pass
+
+    def calls_are_quick(self) -> None:
+        self.judged.append(len(self.run))
 
 
 def test_a_call_that_comes_back_does_what_was_queued_where_no_thread_can_start(
@@ -49,3 +55,20 @@ def test_a_call_that_comes_back_does_what_was_queued_where_no_thread_can_start(
     assert not crew.working
     crew.close()
     crew.join()
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_calls_found_quick_that_wait_after_all_are_found_so_more_and_more_rarely(
+    lasting: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they would go back and forth between the reader and the threads all the time."""
+    monkeypatch.setattr(crew_module, "quick", lambda seconds, cpu: True)
+    monkeypatch.setattr(crew_module, "LASTING", 0.0 if lasting else 1000.0)
+    requests = Requests()
+    crew = Crew(requests, Session(), "test", 1)  # type: ignore[arg-type]
+    for _ in range(8 * SAMPLE):
+        crew.dispatch([(0, CMD_READ, 1, 0, 8, None)])
+    crew.close()
+    crew.join()
+    each = [last - first for first, last in pairwise([0, *requests.judged])]
+    assert each == ([SAMPLE] * 8 if lasting else [SAMPLE, SAMPLE, 2 * SAMPLE, 4 * SAMPLE])

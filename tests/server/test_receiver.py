@@ -198,6 +198,22 @@ def test_it_does_not_look_at_what_is_no_plain_socket(pair: Pair, clock: Clock) -
     assert clock.begun == 0
 
 
+def test_while_other_connections_are_busy_it_is_not_looked_for(pair: Pair, clock: Clock) -> None:
+    ours = Receiver(pair[0], b"", False)
+    warm_up(ours, pair[1])
+    ours.alone = False
+    lone(ours, pair[1])  # looked for, as it was not known then
+    clock.looking = False
+    for _ in range(5 * SINGLE):
+        lone(ours, pair[1])
+    assert clock.begun == 1
+    ours.alone = True
+    warm_up(ours, pair[1])
+    assert clock.begun == 1
+    lone(ours, pair[1])
+    assert clock.begun == 2
+
+
 @pytest.mark.parametrize("found", [True, False])
 def test_a_client_that_goes_while_it_is_looked_for(pair: Pair, clock: Clock, found: bool) -> None:
     ours = Receiver(pair[0], b"", False)

@@ -17,7 +17,7 @@ import pytest
 
 import pynbdkit
 from pynbdkit import Device, Plugin, RunningServer, Session
-from pynbdkit.server import carousel, crew, transmission, watch
+from pynbdkit.server import carousel, crew, transmission, waiting, watch
 
 CLIENTS = 6
 BLOCK = 512
@@ -198,7 +198,8 @@ def test_no_byte_is_lost(
 ) -> None:
     # What is dispatched seems quick at once: readers run calls again, and are left behind again.
     monkeypatch.setattr(crew, "SAMPLE", 16)
-    monkeypatch.setattr(crew, "QUICK_CALL", 0.005)
+    monkeypatch.setattr(crew, "MAX_SAMPLE", 16)
+    monkeypatch.setattr(waiting, "QUICK_CALL", 0.005)
     plugin = MoodyPlugin(blocking)
     with pynbdkit.serve(plugin) as server:
         clients = soak(nbd, server)
@@ -219,7 +220,8 @@ def test_no_byte_is_lost_where_connections_get_on_and_off_all_the_time(
 ) -> None:
     """The carousel takes on who has the least company; calls end as they are left behind on it."""
     monkeypatch.setattr(crew, "SAMPLE", 16)
-    monkeypatch.setattr(crew, "QUICK_CALL", 0.005)
+    monkeypatch.setattr(crew, "MAX_SAMPLE", 16)
+    monkeypatch.setattr(waiting, "QUICK_CALL", 0.005)
     monkeypatch.setattr(transmission, "SEVERAL", 2)
     monkeypatch.setattr(carousel, "SWEEP", 0.05)
     monkeypatch.setattr(carousel, "ALONE", 30)

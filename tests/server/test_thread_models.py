@@ -7,7 +7,6 @@ moment (`NOT_YET`).
 
 from __future__ import annotations
 
-import queue
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -20,6 +19,8 @@ import pynbdkit
 from pynbdkit import Device, Filter, FilterDevice, Plugin, RunningServer, Session
 from pynbdkit.complete import Layer
 from pynbdkit.server import transmission as transmission_module
+from pynbdkit.server import waiting
+from pynbdkit.server import watch as watch_module
 from pynbdkit.server.crew import Crew
 from pynbdkit.server.transmission import Transmission
 from pynbdkit.server.watch import Watch
@@ -635,80 +636,48 @@ def test_a_long_first_batch_of_calls_that_wait_is_not_run_one_by_one() -> None:
     assert len(set(device.threads)) > 2
 
 
-@pytest.mark.parametrize(
-    ("calls", "switches", "cpu", "waits"),
-    [
-        (5, 5, 0.0001, True),
-        (5, 5, 0.004, False),  # it computes, and others have the processor now and then
-        (5, 1, 0.0001, False),  # others have the processor
-        (100, 100, 0.0001, False),  # it waits, but not long enough for threads to pay
-        (0, 9, 0.0001, False),  # one call that waits is for the other rule
-    ],
-)
-def test_when_a_long_batch_is_one_of_calls_that_wait(
-    calls: int, switches: int, cpu: float, waits: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_long_batch_is_judged_by_what_it_cost_since_the_last_look(
+    waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = types.SimpleNamespace(progress=(7, 200), _reader=1, _noted=(0, 0, 0, 0, 0))
-    reader._rides_soon = lambda: False
+    reader = types.SimpleNamespace(progress=(7, 200), _reader=1, _noted=(0, 0, 0, 0, 0, 0))
     now, cost = 100.0, (50, 3.0)
+    asked: list[Any] = []
     monkeypatch.setattr(transmission_module, "perf_counter", lambda: now)
-    monkeypatch.setattr(transmission_module, "_cost_of", lambda thread: cost)
+    monkeypatch.setattr(transmission_module, "process_time", lambda: now / 2)
+    monkeypatch.setattr(waiting, "cost_of", lambda thread: cost)
 
-    def asked() -> bool:
+    def judge(*what: float) -> bool:
+        asked.append(what)
+        return waits
+
+    monkeypatch.setattr(waiting, "wait", judge)
+
+    def look() -> bool:
         return Transmission.waits(reader)  # type: ignore[arg-type]
 
-    assert not asked()  # the first time there is nothing to compare with
-    now, cost, reader.progress = now + 0.005, (50 + switches, 3.0 + cpu), (7, 200 - calls)
-    assert asked() == waits
-    now, cost, reader.progress = now + 0.005, (100, 4.0), (8, 1)
-    assert not asked()  # another batch
+    assert not look()  # the first time there is nothing to compare with
+    assert not asked
+    now, cost, reader.progress = now + 4, (55, 3.25), (7, 193)
+    assert look() == waits
+    assert asked == [(7, 4.0, 0.25, 5, 2.0)]
+    now, cost, reader.progress = now + 4, (100, 4.0), (8, 1)
+    assert not look()  # another batch
 
 
-@pytest.mark.parametrize(
-    ("change", "soon"),
-    [
-        ({}, True),
-        ({"_others": 3}, False),  # nobody else is as busy
-        ({"_small": False}, False),  # it will never ride
-        ({"_waited": True}, False),
-        ({"_may_ride": False}, False),
-        ({"_carousel": types.SimpleNamespace(available=False)}, False),
-        ({"off": threading.Lock()}, False),  # it rides: now is the time
-    ],
-)
-def test_calls_among_busy_connections_are_judged_when_they_ride(
-    change: dict[str, Any], soon: bool
+def test_calls_that_wait_stay_in_the_reader_while_the_process_is_busy(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    here: dict[str, Any] = {
-        "off": None,
-        "_may_ride": True,
-        "_small": True,
-        "_waited": False,
-        "_others": 4,
-    }
-    here["_carousel"] = types.SimpleNamespace(available=True)
-    reader = types.SimpleNamespace(**{**here, **change})
-    assert Transmission._rides_soon(reader) == soon  # type: ignore[arg-type]
-
-
-def test_what_a_thread_has_cost_is_known_to_others() -> None:
-    numbers: queue.SimpleQueue[int] = queue.SimpleQueue()
-    end, nothing = threading.Event(), threading.Event()
-
-    def work() -> None:
-        for _ in range(20):
-            nothing.wait(0.0001)
-        numbers.put(threading.get_native_id())
-        end.wait(WAIT)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    switches, seconds = transmission_module._cost_of(numbers.get(timeout=WAIT))
-    end.set()
-    thread.join()
-    assert switches >= 20
-    assert 0 < seconds < WAIT
-    assert transmission_module._cost_of(1 << 30) == (0, 0.0)
+    """It looks as if they waited for the interpreter: threads would be in each other's way."""
+    monkeypatch.setattr(waiting, "BUSY", 0.0)
+    monkeypatch.setattr(watch_module, "TICK", WAIT)
+    nothing = threading.Event()
+    device = Meeting(lambda offset: (nothing.wait(0.001), None)[1])
+    with pynbdkit.serve(Devices(device)) as server, client_of(server) as client:
+        for _ in range(10):
+            client.send(b"".join(client.request(READ, n, n, 8) for n in range(10)))
+            assert cookies(client, 10) == list(range(10))
+    assert set(device.threads) == {"connection-1"}
 
 
 def test_many_changes_leave_no_threads_behind() -> None:
@@ -917,11 +886,9 @@ def test_the_watch_looks_only_at_who_was_busy_and_can_be_closed_then() -> None:
     readers = [Reader(), Reader()]
     for reader in readers:
         watch.look_at(reader)  # type: ignore[arg-type]
-    assert watch.several
     readers[0].busy = True
     until_not_watched(readers[1])
     assert readers[0].taken.wait(WAIT)
-    assert not watch.several
     until_not_watched(readers[0])
     watch.close()
 

@@ -8,12 +8,13 @@ of its payloads: beyond that `dispatch` waits, and so does the client.
 from __future__ import annotations
 
 import threading
-from time import perf_counter
+from time import perf_counter, thread_time
 
 from .. import log
 from ..protocol.constants import CMD_DISC, CMD_FLAG_FUA, CMD_READ, CMD_WRITE, MAX_PAYLOAD
 from ..session import set_current
 from .receiver import Disconnect
+from .waiting import quick
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,14 +27,15 @@ if TYPE_CHECKING:
 
 BUDGET: Final = 32 << 20
 """Bytes of payload in flight per connection, when requests are dispatched (one may be larger)."""
-QUICK_CALL: Final = 50e-6
-"""Seconds per call under which dispatching stops paying."""
 SMALL_REPLY: Final = 16 << 10
 """A worker may leave replies up to this many bytes to the thread that is sending."""
 MANY_REPLIES: Final = 512
 """A worker waits to send when this many pieces are ready."""
 SAMPLE: Final = 256
-"""Calls after which it is judged whether dispatching pays."""
+"""Calls after which it is judged whether dispatching pays; more, where that was wrong lately."""
+MAX_SAMPLE: Final = 1 << 14
+LASTING: Final = 10.0
+"""Seconds after which a judgement was right, if calls have not turned out to wait meanwhile."""
 
 
 LEAD: Final = "lead"
@@ -80,6 +82,9 @@ class Crew:
         self._complained = False  # of threads that cannot be started: once is enough
         self._calls = 0
         self._seconds = 0.0
+        self._cpu = 0.0
+        self._sample = SAMPLE
+        self._found_quick = -LASTING
 
     @property
     def reads(self) -> bool:
@@ -221,18 +226,18 @@ class Crew:
             return
         transmission = self._transmission
         (flags, kind, cookie, offset, count, payload), weight = item
-        started = perf_counter()
+        started, computed = perf_counter(), thread_time()
         try:
             size = transmission.run_request(flags, kind, cookie, offset, count, payload)
-            seconds = perf_counter() - started
+            seconds, cpu = perf_counter() - started, thread_time() - computed
             if size > SMALL_REPLY or transmission.pieces_ready > MANY_REPLIES:
                 transmission.send()  # waits when the client does not read: so do we
             else:
                 transmission.send_ready()
         except BaseException as error:  # a request that nobody answers is a client that waits
             transmission.give_up(error)
-            seconds = 0.0
-        self._done(1, weight, seconds)
+            seconds = cpu = 0.0
+        self._done(1, weight, seconds, cpu)
 
     def _lead(self) -> None:
         """Make writes with FUA stable together, those that came during a sync by the next one."""
@@ -243,7 +248,7 @@ class Crew:
                 if not held:
                     self._leading = False
                     return
-            started = perf_counter()
+            started, computed = perf_counter(), thread_time()
             try:
                 together = transmission.run_group([request for request, _ in held])
                 transmission.send_ready()
@@ -251,24 +256,37 @@ class Crew:
                 transmission.give_up(error)
                 together = True
             if together:
-                seconds = perf_counter() - started
-                self._done(len(held), sum(weight for _, weight in held), seconds)
+                seconds, cpu = perf_counter() - started, thread_time() - computed
+                self._done(len(held), sum(weight for _, weight in held), seconds, cpu)
             else:
                 for item in held:
                     self._queue.put(item)
 
-    def _done(self, count: int, weight: int, seconds: float) -> None:
-        """`count` requests were answered, after `seconds` in their calls."""
+    def _done(self, count: int, weight: int, seconds: float, cpu: float) -> None:
+        """`count` requests were answered; their calls took `seconds`, and computed for `cpu`."""
+        each = 0.0
         with self._lock:
             self._bytes -= weight
             self._inflight -= count
             self._seconds += seconds
+            self._cpu += cpu
             self._calls += count
-            if self._calls >= SAMPLE:
-                if self._seconds < QUICK_CALL * self._calls:
-                    self._transmission.calls_are_quick()
-                self._calls, self._seconds = 0, 0.0
+            if self._calls >= self._sample:
+                each, cpu = self._seconds / self._calls, self._cpu / self._calls
+                self._calls, self._seconds, self._cpu = 0, 0.0, 0.0
             self._lock.notify()
+        if each and quick(each, cpu):
+            log.debug(f"calls take {each * 1e6:.0f} us: without threads")
+            self._doubt()
+            self._transmission.calls_are_quick()
+
+    def _doubt(self) -> None:
+        """Take twice as long to find calls quick, if it was found before and did not last."""
+        now = perf_counter()
+        again = now - self._found_quick < LASTING
+        with self._lock:
+            self._found_quick = now
+            self._sample = min(2 * self._sample, MAX_SAMPLE) if again else SAMPLE
 
     def _retire(self, item: object) -> bool:
         """Hand `item` back and end: with the calls left behind we are more than the limit."""

@@ -4,8 +4,9 @@ How it receives depends on what has come lately:
 
 - usually it waits in recv for as much as there is;
 - the rest of a large payload is received in one go;
-- where requests come one at a time, soon after the reply before, it looks again and again for a
-  moment (`POLL_FOR`) before it waits: on both sides a sleep costs more than all the rest.
+- where requests come one at a time, soon after the reply before, and no other connection is busy,
+  it looks again and again for a moment (`POLL_FOR`) before it waits: on both sides a sleep costs
+  more than all the rest.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Receiver:
         """Whether the kernel's own calls receive (no TLS, no pipes)."""
         self.stopping = False
         """Set, from any thread: nothing more is received."""
+        self.alone = True
+        """Whether no other connection is busy: polling would take the interpreter from it."""
         self._first = bool(leftover)
         self._timed = False  # silence is noticed: the parser has a large buffer to give back
         self._single = 0  # how often in turn one request came alone
@@ -86,7 +89,7 @@ class Receiver:
                 if len(requests) > 1:
                     self._single = 0
                 elif self._polls:
-                    self._single += 1
+                    self._single = self._single + 1 if self.alone else 0
                 return requests
 
     def receive_what_is_there(self) -> list[Request]:

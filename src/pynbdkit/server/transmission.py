@@ -28,17 +28,17 @@ from __future__ import annotations
 import socket
 import threading
 from collections import deque
-from time import perf_counter, thread_time
+from time import perf_counter, process_time
 
 from .. import log
 from ..flags import ThreadModel
 from ..session import set_current
+from . import waiting
 from .carousel import MANY, SEVERAL
 from .crew import Crew
 from .receiver import Disconnect, Receiver
 from .runner import Runner
 from .sender import Sender
-from .watch import GATE_PATIENCE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,8 +53,6 @@ if TYPE_CHECKING:
     from .tasks import Tasks
     from .watch import Watch
 
-SLOW_CALL: Final = 60e-6
-"""Seconds per call over which calls that declare nothing are suspected to wait."""
 SMALL_REQUEST: Final = 32 << 10
 """Requests of up to this many bytes are small: what runs them can do so for others, too."""
 NO_MEMORY: Final = "out of memory for a client's requests: its connection is closed"
@@ -99,10 +97,11 @@ class Transmission:
         self._log_name = log.name() or name
         self._busy = False  # the reader is running a batch
         self._reader = 0  # the system's number of the thread that runs it
-        self._noted: tuple[float, ...] = (0, 0, 0, 0, 0)  # what `waits` saw last
+        self._noted: tuple[float, ...] = (0, 0, 0, 0, 0, 0)  # what `waits` saw last
         self.watched = False
         """Whether the watch looks at this connection (it sets this)."""
         self._waited = False  # the last batch had writes with FUA that waited
+        self._evidence = waiting.Evidence()
         self._probing = 0  # batches to measure the processor time of, after a slow one
         self._why: str | None = None  # set when the transmission is over
 
@@ -124,7 +123,6 @@ class Transmission:
         self._may_ride = quick and lock is None and self.receiver.plain and carousel.available
         self._fewest = 0 if self._measured else MANY  # connections that make it worth riding
         carousel.connections += 1
-        self._small = False  # the last batch began with a small request
         self._others = 0  # the score of other connections' batches between our own
         self.off: threading.Lock | None = None
         """Held while the carousel serves us (see `get_on`)."""
@@ -190,7 +188,8 @@ class Transmission:
                     with lock:
                         more = run_batch(batch)
                 send()
-            if self._may_ride and self._has_company(first):
+            self._look_around()
+            if self._has_company(first):
                 self._ride()
 
     def _read_with(self, crew: Crew | Tasks, epoch: int) -> None:
@@ -200,11 +199,11 @@ class Transmission:
                 if self._epoch != epoch or self._why is not None:
                     break
                 requests: list[Request | None] = [*receive()]
+                self._look_around()
                 if self._dispatching:
                     crew.dispatch(requests)
                     continue
                 first = requests[0][4] if requests[0] is not None else 0
-                self._small = first <= SMALL_REQUEST
                 requests.append(None)
                 batch = self._batch = deque(requests)
                 self._serial += 1
@@ -213,12 +212,7 @@ class Transmission:
             while more:
                 more = self._run_measured(batch)
                 send()
-            if (
-                self._may_ride
-                and self._epoch == epoch
-                and self._has_company(first)
-                and self._still_reads(epoch)
-            ):
+            if self._epoch == epoch and self._has_company(first) and self._still_reads(epoch):
                 self._ride()
         if self._epoch != epoch:
             crew.came_back()
@@ -248,33 +242,24 @@ class Transmission:
         """Run a batch, and find out whether its calls wait; as `Runner.run_batch`."""
         before = len(batch)
         probing = self._probing
-        cpu, switches = (thread_time(), _switches()) if probing else (0.0, 0)
         self._reader = threading.get_native_id()
         self._busy = True  # first: the watch looks once more after it has said that it sleeps
         if not self.watched:
             self._watch.look_at(self)
-        gate = self._enter_gate(batch) if self._watch.several and self.off is None else None
+        begun = waiting.usage() if probing else None
         wall = perf_counter()
-        try:
-            more = self._run_queue(batch)
-        finally:
-            if gate is not None:
-                gate.release()
+        more = self._run_queue(batch)
         waited = self.runner.waited
-        self._waited = waited > SLOW_CALL
+        self._waited = waited > waiting.SLOW_CALL
         wall = perf_counter() - wall - waited
         self.runner.waited = 0.0
         if self._batch is batch:  # else another thread is the reader, and may be busy
             self._busy = False
         calls = before - len(batch)
-        if calls and wall > SLOW_CALL * calls:
-            # Slow by waiting: then threads help. Not so by computing, or because other processes
-            # had the processor: that is no switch that the calls have asked for.
-            # Nor by waiting for the interpreter, which other busy connections have.
-            waits = thread_time() - cpu < wall / 2 and 2 * (_switches() - switches) >= calls
-            if probing and waits and not self._rides_soon():
-                log.debug(f"calls take {wall / calls * 1e6:.0f} us: using threads")
-                self._dispatching = True
+        if begun is not None and self._evidence.end(calls, wall, begun):
+            log.debug("calls wait: using threads")
+            self._dispatching = True
+        if calls and wall > waiting.SLOW_CALL * calls and self._evidence.wanted():
             self._probing = 8
         elif probing:
             self._probing = probing - 1
@@ -286,17 +271,6 @@ class Transmission:
             return self.runner.run_batch(iter(batch.popleft, None))
         except IndexError:
             return False  # what was left has been taken over, and the None at the end
-
-    def _enter_gate(self, batch: deque[Request | None]) -> threading.Lock | None:
-        """Wait for our turn among the connections, if that pays; returns the lock to release."""
-        try:
-            first = batch[0]
-        except IndexError:
-            return None  # another thread has taken over
-        gate = self._watch.gate
-        if first is None or first[4] > SMALL_REQUEST or not gate.acquire(timeout=GATE_PATIENCE):
-            return None
-        return gate
 
     def give_up(self, failure: BaseException) -> None:
         """Requests can no longer be answered: end the connection (from any thread)."""
@@ -316,33 +290,26 @@ class Transmission:
 
     # -- on the carousel -------------------------------------------------------------------------
 
-    def _has_company(self, count: int) -> bool:
-        """Whether others are as busy as this one, whose batch began with `count` bytes."""
+    def _look_around(self) -> None:
+        """Find out, batch by batch, whether other connections are busy."""
         carousel = self._carousel
-        if carousel.last is self:
-            if self._others:
-                self._others -= 1
-            return False
-        carousel.last = self
-        self._others += 2
+        if carousel.last is not self:
+            carousel.last = self
+            self._others = min(self._others + 2, SEVERAL)
+        elif self._others:
+            self._others -= 1
+        self.receiver.alone = not self._others
+
+    def _has_company(self, count: int) -> bool:
+        """Whether to ride with others that are busy, after a request of `count` bytes."""
         return (
             self._others >= SEVERAL
+            and self._may_ride
             and self.off is None
             and count <= SMALL_REQUEST
-            and carousel.connections >= self._fewest
+            and self._carousel.connections >= self._fewest
             and not self._dispatching
             and not self._waited
-        )
-
-    def _rides_soon(self) -> bool:
-        """Whether to judge calls later: on the carousel, where they wait for nobody like them."""
-        return (
-            self.off is None
-            and self._may_ride
-            and self._carousel.available
-            and self._small
-            and not self._waited
-            and self._others >= SEVERAL // 4
         )
 
     def _ride(self) -> None:
@@ -424,6 +391,7 @@ class Transmission:
                 return
             epoch = self._epoch + 1
             if crew.leave_behind(lambda: self._go_on(epoch, batch)):
+                log.debug("a call takes long: using threads")
                 self._epoch = epoch  # from here on, the reader is not the reader any more
                 self._busy = False
                 self._dispatching = True
@@ -435,13 +403,14 @@ class Transmission:
     def waits(self) -> bool:
         """Whether the calls of a long batch wait, by what was noted last time (for the Watch)."""
         serial, left = self.progress
-        now = serial, -left, *_cost_of(self._reader), perf_counter()
+        now = serial, -left, *waiting.cost_of(self._reader), process_time(), perf_counter()
         before, self._noted = self._noted, now
-        if before[0] != serial or self._rides_soon():
+        if before[0] != serial:
             return False
-        _, calls, switches, cpu, wall = (new - old for new, old in zip(now, before, strict=True))
-        # As in `_run_measured`: by waiting, and not for the processor.
-        return wall > SLOW_CALL * calls > 0 and cpu < wall / 2 and 2 * switches >= calls
+        _, calls, switches, cpu, process, wall = (
+            new - old for new, old in zip(now, before, strict=True)
+        )
+        return waiting.wait(calls, wall, cpu, switches, process)
 
     def _go_on(self, epoch: int, batch: deque[Request | None]) -> None:
         requests: list[Request | None] = []
@@ -506,30 +475,6 @@ class Transmission:
     def progress(self) -> tuple[int, int]:
         """Changes whenever the reader begins a request."""
         return self._serial, len(self._batch)
-
-
-def _switches() -> int:
-    """How often this thread has given up the processor to wait for something."""
-    from resource import RUSAGE_THREAD, getrusage
-
-    return getrusage(RUSAGE_THREAD).ru_nvcsw
-
-
-def _cost_of(thread: int) -> tuple[int, float]:
-    """How often another thread has given up the processor to wait, and its seconds of it.
-
-    Zeros where that is not known (proc(5), "status" and "schedstat").
-    """
-    switches = 0
-    try:
-        with open(f"/proc/self/task/{thread}/status", encoding="ascii") as status:
-            for line in status:
-                if line.startswith("voluntary_ctxt_switches:"):
-                    switches = int(line.split()[1])
-        with open(f"/proc/self/task/{thread}/schedstat", encoding="ascii") as schedstat:
-            return switches, int(schedstat.read().split()[0]) / 1e9
-    except (OSError, ValueError, IndexError):
-        return 0, 0.0  # it has ended, or this is no Linux
 
 
 def _readable(sock: Any) -> bool:

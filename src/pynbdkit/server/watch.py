@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from .transmission import Transmission
 
-GATE_PATIENCE: Final = 0.002
-"""Seconds that a batch waits for its turn at most."""
 TICK: Final = 0.005
 """Seconds between looks: a call that lasts over one to two of them is left behind."""
 PATIENCE: Final = 40
@@ -37,15 +35,6 @@ class Watch:
         self._wakeup = threading.Event()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self.several = False
-        """Whether more than one connection has been busy lately."""
-        self.gate = threading.Lock()
-        """Held while a batch of small requests runs, when there are several connections.
-
-        A call that goes into the kernel gives up the interpreter's lock, another thread takes it,
-        and to get it back costs more than the call. At the gate the others wait without wanting
-        the interpreter. It is a matter of speed alone: whoever waits too long goes on without.
-        """
 
     def look_at(self, transmission: Transmission) -> None:
         """This connection, which was not `watched`, is busy (it says so first)."""
@@ -59,13 +48,12 @@ class Watch:
                 self._thread = thread
             transmission.watched = True
             self._seen[transmission] = ((-1, 0), 0)
-            self.several = len(self._seen) > 1
             self._wakeup.set()
 
     def remove(self, transmission: Transmission) -> None:
         """This connection has ended."""
         with self._lock:
-            self._forget(transmission)
+            self._seen.pop(transmission, None)
 
     def close(self) -> None:
         """End the thread."""
@@ -75,10 +63,6 @@ class Watch:
             self._wakeup.set()
         if thread is not None:
             thread.join()
-
-    def _forget(self, transmission: Transmission) -> None:
-        self._seen.pop(transmission, None)
-        self.several = len(self._seen) > 1
 
     def _run(self) -> None:
         pause = threading.Event()
@@ -108,9 +92,6 @@ class Watch:
                 if transmission.busy:
                     transmission.watched = True
                 else:
-                    self._forget(transmission)
-        if busy and not moves:
-            self.gate = threading.Lock()  # it may hold the old one
-            transmission.take_over()
-        elif busy and now[0] == before[0] and transmission.waits():
+                    del self._seen[transmission]
+        if busy and (not moves or (now[0] == before[0] and transmission.waits())):
             transmission.take_over()
