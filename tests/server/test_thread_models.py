@@ -670,6 +670,7 @@ def test_calls_that_wait_stay_in_the_reader_while_the_process_is_busy(
 ) -> None:
     """It looks as if they waited for the interpreter: threads would be in each other's way."""
     monkeypatch.setattr(waiting, "BUSY", 0.0)
+    monkeypatch.setattr(waiting, "BY_FAR", 1e9)
     monkeypatch.setattr(watch_module, "TICK", WAIT)
     nothing = threading.Event()
     device = Meeting(lambda offset: (nothing.wait(0.001), None)[1])
@@ -678,6 +679,24 @@ def test_calls_that_wait_stay_in_the_reader_while_the_process_is_busy(
             client.send(b"".join(client.request(READ, n, n, 8) for n in range(10)))
             assert cookies(client, 10) == list(range(10))
     assert set(device.threads) == {"connection-1"}
+
+
+def test_calls_that_wait_for_long_run_in_threads_however_busy_the_process_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A connection that computes all the time must not keep another one's from waiting at once."""
+    monkeypatch.setattr(waiting, "BUSY", 0.0)
+    monkeypatch.setattr(watch_module, "TICK", WAIT)
+    nothing = threading.Event()
+    device = Meeting(lambda offset: (nothing.wait(0.004), None)[1])
+    with pynbdkit.serve(Devices(device)) as server, client_of(server) as client:
+        for _ in range(100):
+            client.send(b"".join(client.request(READ, n, n, 8) for n in range(10)))
+            assert set(cookies(client, 10)) == set(range(10))
+            if len(set(device.threads)) > 1:
+                break
+        else:
+            raise AssertionError("100 batches, all in the reader")
 
 
 def test_many_changes_leave_no_threads_behind() -> None:

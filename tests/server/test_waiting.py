@@ -21,12 +21,19 @@ WAIT = 60.0
         (5, 0.0001, 1, 0.0002, False),  # others have the processor
         (100, 0.0001, 100, 0.0002, False),  # it waits, but not long enough for threads to pay
         (0, 0.0001, 9, 0.0002, False),  # one call that waits is for the other rule
-        (5, 0.0001, 5, 0.004, False),  # other connections of ours have the interpreter
+        (6, 0.0001, 6, 0.004, False),  # other connections of ours have the interpreter
+        (4, 0.0001, 4, 0.004, True),  # so they have, and yet it takes too long
     ],
 )
 def test_when_calls_that_took_5_ms_wait(
-    calls: int, cpu: float, switches: int, process: float, waits: bool
+    calls: int,
+    cpu: float,
+    switches: int,
+    process: float,
+    waits: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(waiting, "without_waiting", lambda cpu: 0.0002)
     assert waiting.wait(calls, 0.005, cpu, switches, process) == waits
 
 
@@ -38,6 +45,7 @@ class Costs:
         self._usage = (1.0, 10.0, 2.0)
         monkeypatch.setattr(waiting, "usage", lambda: self._usage)
         monkeypatch.setattr(waiting, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(waiting, "without_waiting", lambda cpu: 1.0)
 
     def batch(self, evidence: Evidence, calls: int, wall: float, process: float = 0.0) -> bool:
         begun = self._usage

@@ -20,7 +20,10 @@ SLOW_CALL: Final = 60e-6
 QUICK_CALL: Final = 50e-6
 """Seconds per call under which threads stop paying."""
 BUSY: Final = 0.7
-"""Processors that this process uses, from which on more threads do not get more done."""
+"""Processors that this process uses, from which on more threads hardly get more done."""
+BY_FAR: Final = 5
+"""So many times as long as a call that does not wait takes one of which a busy process is no
+explanation: connections that wait should not have to do without threads because others work."""
 EVIDENCE: Final = 0.005
 """Seconds in calls before it is judged whether they wait: the kernel's figures are coarse."""
 TRUST: Final = 0.05
@@ -38,15 +41,28 @@ def wait(calls: float, wall: float, cpu: float, switches: float, process: float)
     """Whether calls wait that took `wall` seconds, together, in one thread.
 
     Not where they computed for much of it (`cpu`, seconds of their thread), nor where others had
-    the processor (that is no switch that the calls have asked for: `switches`, voluntary ones), nor
-    where this process was busy meanwhile (`process`, its seconds of processor time).
+    the processor (that is no switch that the calls have asked for: `switches`, voluntary ones).
+    Where this process was busy meanwhile (`process`, its seconds of processor time), they do only
+    if that does not explain it by far.
     """
-    return (
-        wall > SLOW_CALL * calls > 0
-        and cpu < wall / 2
-        and 2 * switches >= calls
-        and process < BUSY * wall
-    )
+    if not (wall > SLOW_CALL * calls > 0 and cpu < wall / 2 and 2 * switches >= calls):
+        return False
+    return process < BUSY * wall or wall > BY_FAR * calls * without_waiting(cpu / calls)
+
+
+def without_waiting(cpu: float) -> float:
+    """Seconds that a call takes now which computes for `cpu` seconds and never waits.
+
+    It computes without the interpreter, where that is long enough to give it up.
+    """
+    work = _BLOCK[: int(cpu * BYTES_PER_SECOND)]
+    begun = perf_counter()
+    for _ in range(TIMES):
+        if len(work) < LEAST:
+            sleep(0)
+        else:
+            crc32(work)
+    return (perf_counter() - begun) / TIMES
 
 
 class Evidence:
@@ -90,19 +106,10 @@ def usage() -> tuple[float, float, float]:
 def quick(seconds: float, cpu: float) -> bool:
     """Whether calls of so many seconds each, made in several threads, would better be made in one.
 
-    Such threads hold each other up. So calls of more than QUICK_CALL are compared with some that
-    surely do not wait, and compute for `cpu` seconds each without the interpreter, too.
+    Such threads hold each other up. So calls of more than QUICK_CALL, `cpu` seconds of it
+    computing, are compared with some that surely do not wait.
     """
-    if seconds < QUICK_CALL:
-        return True
-    work = _BLOCK[: int(cpu * BYTES_PER_SECOND)]
-    begun = perf_counter()
-    for _ in range(TIMES):
-        if len(work) < LEAST:
-            sleep(0)
-        else:
-            crc32(work)
-    return seconds < QUICK_CALL + (perf_counter() - begun) / TIMES
+    return seconds < QUICK_CALL or seconds < QUICK_CALL + without_waiting(cpu)
 
 
 def switches() -> int:
