@@ -114,7 +114,7 @@ def command(name: str, kind: str, place: Place, sock: Path, pidfile: Path) -> li
         return [str(limit_program(place.sockets)), str(sock), str(place.size), *poll]
     if name == "qemu-nbd":
         # Writeback is what the others do too: the page cache keeps a write until a flush.
-        options = ["-f", "raw", "--cache=writeback", "--aio=threads", "--persistent", "--shared=16"]
+        options = ["-f", "raw", "--cache=writeback", "--aio=threads", "--persistent", "--shared=64"]
         return ["qemu-nbd", *options, "-k", str(sock), str(place.disk)]
     if name == "nbd-server":
         config = _nbd_server_config(place, sock)

@@ -305,6 +305,11 @@ _SMALL = tuple(
     for rw in ("randread", "randwrite")
 )
 _FOUR = tuple(Fio(f"{rw}-4k-d16-x4", rw, 4 * KIB, 16, jobs=4) for rw in ("randread", "randwrite"))
+# A crowd, none of which is very busy; and some whose requests are too large to be served together.
+_MANY = (
+    *(Crowd(f"{rw}-4k-d4-x32", rw, 4 * KIB, 4, jobs=32) for rw in ("randread", "randwrite")),
+    *(Fio(f"{rw}-64k-d4-x4", rw, 64 * KIB, 4, jobs=4) for rw in ("randread", "randwrite")),
+)
 # Depth 4: a megabyte in flight keeps server and client both at work, as a kernel's read-ahead does;
 # depth 1 would measure the hand-over, a great depth only how much a socket's buffer holds.
 _LARGE = tuple(Fio(f"{rw}-256k-d4", rw, 256 * KIB, 4) for rw in ("read", "write"))
@@ -316,8 +321,8 @@ _SIXTEEN = tuple(fio for fio in _SMALL if fio.depth == 16)
 _SLOW = tuple(Fio(f"randread-4k-d{depth}", "randread", 4 * KIB, depth) for depth in (64, 256))
 
 WORKLOADS: dict[str, tuple[Workload, ...]] = {
-    "memory": (*_SMALL, *_FOUR, *_LARGE, *_COPIES),
-    "file": (*_SMALL, *_FOUR, *_LARGE, *_COPIES, *_FUA),
+    "memory": (*_SMALL, *_FOUR, *_MANY, *_LARGE, *_COPIES),
+    "file": (*_SMALL, *_FOUR, *_MANY, *_LARGE, *_COPIES, *_FUA),
     "tls": (*_SIXTEEN, *_LARGE, *_COPIES),
     "script": _SIXTEEN,
     "native": (*_SIXTEEN, *_LARGE),
