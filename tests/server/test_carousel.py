@@ -32,7 +32,7 @@ from pynbdkit.protocol.requests import RequestParser
 from pynbdkit.server import carousel, crew, runner, server, transmission, waiting, watch
 from pynbdkit.server.carousel import SEVERAL, Carousel
 from pynbdkit.server.crew import Crew
-from pynbdkit.server.transmission import SMALL_REQUEST, Transmission
+from pynbdkit.server.transmission import EPOLLIN, EPOLLOUT, SMALL_REQUEST, Transmission
 from pynbdkit.session import current
 from raw import DISC, READ, WRITE, Raw
 
@@ -155,6 +155,11 @@ def riders(running: RunningServer) -> int:
     return len(running._server.carousel._riders)
 
 
+def awaited(running: RunningServer) -> list[int]:
+    """What the carousel waits for, of each who rides."""
+    return [rider.awaited for rider in list(running._server.carousel._riders.values())]
+
+
 def until(condition: Callable[[], object]) -> None:
     """Wait for what other threads do, and give no event for."""
     pause = threading.Event()
@@ -274,7 +279,7 @@ def test_a_payload_that_comes_in_pieces_does_not_hold_up_others() -> None:
                 other.read()
             assert client.simple() == (1, 0, b"")
             # Where much is to come, its own thread takes the whole rest at once.
-            assert ("connection-1" in plugin.ran) == (count > 1000)
+            assert ("connection-1" in plugin.ran) == (count > SMALL_REQUEST)
 
 
 def test_what_is_large_runs_in_its_own_thread() -> None:
@@ -404,6 +409,64 @@ def test_a_client_that_takes_no_replies_hurts_itself_alone(size: int) -> None:
             third.read()
         rude.expect_several(offsets, SMALL_REQUEST)
         board(plugin, rude, second, third)
+
+
+def test_a_client_that_takes_its_replies_slowly_rides_on() -> None:
+    """The carousel waits for room for the rest, and does not look at its requests meanwhile."""
+    plugin = Disks()
+    offsets = range(0, SIZE // 8, SMALL_REQUEST)
+    with serving(plugin, 3) as (running, (slow, second, third)):
+        board(plugin, slow, second, third)
+        slow.several(offsets, SMALL_REQUEST)
+        until(lambda: awaited(running).count(EPOLLOUT) == 1)
+        slow.several(range(8, 24, 8), 8)
+        plugin.ran.clear()
+        for _ in range(20):
+            second.read()
+            third.read()
+        assert plugin.ran == ["carousel"] * 40
+        slow.expect_several(offsets, SMALL_REQUEST)
+        slow.expect_several(range(8, 24, 8), 8)
+        assert plugin.ran == ["carousel"] * 42
+        assert awaited(running) == [EPOLLIN] * 3
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_client_that_goes_while_the_carousel_waits_for_room(half: bool) -> None:
+    plugin = Disks()
+    offsets = range(0, SIZE // 8, SMALL_REQUEST)
+    with serving(plugin, 3) as (running, (gone, second, third)):
+        board(plugin, gone, second, third)
+        gone.several(offsets, SMALL_REQUEST)
+        until(lambda: awaited(running).count(EPOLLOUT) == 1)
+        if half:  # no more requests: what it has asked for is answered
+            gone.sock.shutdown(socket.SHUT_WR)
+            second.read()
+            gone.expect_several(offsets, SMALL_REQUEST)
+            assert gone.at_end()
+        else:
+            gone.close()
+        until(lambda: running.connections == 2)
+        board(plugin, second, third)
+
+
+def test_no_room_after_all_is_for_its_own_thread() -> None:
+    """Woken for nothing it gets off: it must not be asked again and again."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        one = alone(ours)
+        one.get_on()
+        one.awaited = EPOLLOUT
+        ours.setblocking(True)
+        one.runner.ready += [bytes(1 << 20)] * 3
+        assert one.turn() == EPOLLOUT  # some of it
+        assert one.turn() == 0
+        received = 0
+        while received < 3 << 20:
+            received += len(theirs.recv(1 << 20))
+            one.sender.send_without_waiting()
+        one.awaited = EPOLLOUT
+        assert one.turn() == EPOLLIN
 
 
 def test_who_got_off_has_to_find_company_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -604,7 +667,7 @@ def test_a_turn_that_ends_while_its_connection_is_being_left_behind(
     leave_behind = Crew.leave_behind
     entered, on_read = stuck(release)
     more = threading.Event()
-    offsets = range(0, 96 * SMALL_REQUEST, SMALL_REQUEST)
+    offsets, count = range(0, 96 * 1024, 1024), 32 << 10
 
     def slow(self: Crew, target: Callable[[], None]) -> bool:
         left = leave_behind(self, target)
@@ -612,7 +675,7 @@ def test_a_turn_that_ends_while_its_connection_is_being_left_behind(
             release.set()
             client.expect(8)  # its turn on the carousel has ended
             if more_comes:
-                client.several(offsets, SMALL_REQUEST)
+                client.several(offsets, count)
             threading.Event().wait(NOT_YET)
             more.set()
         return left
@@ -624,41 +687,45 @@ def test_a_turn_that_ends_while_its_connection_is_being_left_behind(
         assert more.wait(WAIT)
         if not more_comes:
             until(lambda: riders(running) == 2)
-            client.several(offsets, SMALL_REQUEST)
-        client.expect_several(offsets, SMALL_REQUEST)
+            client.several(offsets, count)
+        client.expect_several(offsets, count)
         board(plugin, *others)
         client.read()
         client.close()
         until(lambda: running.connections == 2)
 
 
+def alone(sock: socket.socket) -> Transmission:
+    """A transmission that nobody runs."""
+    session = Session()
+    return Transmission(
+        sock,
+        Layer(Disks(None).open(session), session, "disks"),
+        Negotiated(ExportInfo("", SIZE, 0), False, True, ()),
+        b"",
+        session,
+        name="disks",
+        thread_model=ThreadModel.PARALLEL,
+        threads=16,
+        lock=None,
+        watch=watch.Watch(),
+        carousel=Carousel(),
+    )
+
+
 def test_no_turn_for_who_was_left_behind() -> None:
     """The carousel had chosen it just before: it must not take the new reader's bytes."""
     ours, theirs = socket.socketpair()
-    plugin = Disks(None)
     with ours, theirs:
-        session = Session()
-        one = Transmission(
-            ours,
-            Layer(plugin.open(session), session, "disks"),
-            Negotiated(ExportInfo("", SIZE, 0), False, True, ()),
-            b"",
-            session,
-            name="disks",
-            thread_model=ThreadModel.PARALLEL,
-            threads=16,
-            lock=None,
-            watch=watch.Watch(),
-            carousel=Carousel(),
-        )
+        one = alone(ours)
         request = Raw.request(READ, 8, 8, 512)
         theirs.sendall(request)
         one.get_on()
         one._epoch += 1
-        assert not one.turn()
+        assert one.turn() == 0
         assert ours.recv(100) == request
         with one._turn:  # it is being left behind, or somebody receives
-            assert one.turn()
+            assert one.turn() == EPOLLIN
 
 
 def test_calls_that_wait_a_little_get_off_and_run_in_threads(
@@ -772,14 +839,15 @@ def test_a_stop_lets_calls_end_and_answers_them(
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.parametrize("size", [SIZE, SIZE // 8], ids=["its own thread", "the carousel"])
 def test_a_stop_cuts_off_who_takes_no_replies(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    size: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(server, "STOP_PATIENCE", NOT_YET)
     plugin = Disks()
     with serving(plugin, 2) as (running, (rude, other)):
         board(plugin, rude, other)
-        rude.several(range(0, SIZE, SMALL_REQUEST), SMALL_REQUEST)
+        rude.several(range(0, size, SMALL_REQUEST), SMALL_REQUEST)
         rude.expect(0, SMALL_REQUEST)
         other.read()
         running.stop()

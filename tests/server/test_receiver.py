@@ -434,7 +434,6 @@ def test_what_is_there(pair: Pair) -> None:
     ]:
         pair[1].sendall(piece)
         assert cookies(ours.receive_what_is_there()) == found
-        assert not ours.expects_much
     assert ours.receive_what_is_there() == []
 
 
@@ -444,12 +443,12 @@ def test_how_much_is_still_to_come(pair: Pair, count: int) -> None:
     lone(ours, pair[1])
     pair[1].sendall(Raw.request(WRITE, 1, 0, count))
     assert ours.receive_what_is_there() == []
-    assert ours.expects_much == (count > WORTH_WAITING)
+    assert ours.parser.missing == count
     pair[1].sendall(bytes(count))
     while not (requests := ours.receive_what_is_there()):
         pass
     assert cookies(requests) == [1]
-    assert not ours.expects_much
+    assert not ours.parser.missing
 
 
 # -- silence ---------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ WAIT = 60.0
         (5, 0.0001, 1, 0.0002, False),  # others have the processor
         (100, 0.0001, 100, 0.0002, False),  # it waits, but not long enough for threads to pay
         (0, 0.0001, 9, 0.0002, False),  # one call that waits is for the other rule
-        (6, 0.0001, 6, 0.004, False),  # other connections of ours have the interpreter
-        (4, 0.0001, 4, 0.004, True),  # so they have, and yet it takes too long
+        (4, 0.0001, 4, 0.004, False),  # other connections of ours have the interpreter
+        (3, 0.0001, 3, 0.004, True),  # so they have, and yet it takes too long
     ],
 )
 def test_when_calls_that_took_5_ms_wait(

@@ -4,11 +4,11 @@ A thread for each connection is right as long as one of them is busy. Several bu
 interpreter's lock all the time, and to hand it over costs more than a request. So when connections
 are found busy in turn, their threads get on here (`ride`) and wait, while one thread receives, runs
 and answers for all, a batch at a time of whoever has something to do. As it goes round, the
-requests of the others gather, and batches grow.
+requests of the others gather, and batches grow. Replies that a client does not take at once wait
+until it has made room for them, and so do its next requests.
 
 A connection gets off, and its own thread goes on, when anything about it is not quick and small: a
-large request, calls that wait, a client that does not take its replies, an end; when it is alone;
-and when it is silent for long.
+large request, calls that wait, an end; when it is alone; and when nothing comes or goes for long.
 """
 
 from __future__ import annotations
@@ -152,13 +152,15 @@ class Carousel:
                 if transmission is None:
                     continue  # it has got off meanwhile
                 self.last = self._current = transmission
-                goes_on = transmission.turn()
+                awaited = transmission.turn()
                 with self._lock:
                     left_behind = self._generation != generation
                     if not left_behind:
                         self._current = None
-                        if not goes_on:
+                        if not awaited:
                             self._let_off(transmission)
+                        elif awaited != transmission.awaited:
+                            self._await(transmission, awaited)
                 if left_behind:
                     transmission.get_off()  # another thread serves the others; its own one waits
                     return
@@ -208,6 +210,13 @@ class Carousel:
         """
         if self._take_off(transmission):
             transmission.get_off()
+
+    def _await(self, transmission: Transmission, awaited: int) -> None:
+        """Wait for something else of a connection (call it with the lock), if it is still on."""
+        descriptor = transmission.fileno()
+        if self._riders.get(descriptor) is transmission:
+            self._epoll.modify(descriptor, awaited)
+            transmission.awaited = awaited
 
     def _let_all_off(self) -> None:
         """Nobody runs for them (call it with the lock); it needs no memory."""

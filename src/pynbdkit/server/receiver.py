@@ -119,11 +119,6 @@ class Receiver:
         self.parser.shrink()
         self.parser.space()
 
-    @property
-    def expects_much(self) -> bool:
-        """Whether much of a payload is still to come."""
-        return self.parser.missing > WORTH_WAITING
-
     def _may_go_on(self) -> None:
         if self.parser.broken:
             raise Disconnect(self.parser.broken)

@@ -53,8 +53,13 @@ if TYPE_CHECKING:
     from .tasks import Tasks
     from .watch import Watch
 
-SMALL_REQUEST: Final = 32 << 10
-"""Requests of up to this many bytes are small: what runs them can do so for others, too."""
+# Their values are the same everywhere that has epoll(7); select has them on Linux only.
+EPOLLIN: Final = 1
+EPOLLOUT: Final = 4
+SMALL_REQUEST: Final = 128 << 10
+"""Requests of up to this many bytes are small: what runs them can do so for others, too.
+
+Above that, connections with a thread each copy more at a time than they lose by handing over."""
 NO_MEMORY: Final = "out of memory for a client's requests: its connection is closed"
 
 
@@ -126,6 +131,8 @@ class Transmission:
         self._others = 0  # the score of other connections' batches between our own
         self.off: threading.Lock | None = None
         """Held while the carousel serves us (see `get_on`)."""
+        self.awaited = 0
+        """What the carousel waits for: requests (EPOLLIN), or room for replies (EPOLLOUT)."""
         self._on_epoch = 0  # the epoch in which we got on
         self._unfinished = False  # the batch of our last turn there has more
         self._thrown: BaseException | None = None  # what has ended our last turn there
@@ -335,6 +342,7 @@ class Transmission:
         off = self.off = threading.Lock()
         off.acquire()
         self._on_epoch = self._epoch
+        self.awaited = EPOLLIN
         return off
 
     def get_off(self) -> None:
@@ -343,19 +351,24 @@ class Transmission:
         if off is not None:
             off.release()
 
-    def turn(self) -> bool:
-        """Receive, run and answer a batch, for the carousel; False: our own thread has to go on."""
+    def turn(self) -> int:
+        """Receive, run and answer a batch, for the carousel; what it is to wait for (`awaited`).
+
+        0: our own thread has to go on.
+        """
         receiver = self.receiver
         if not self._turn.acquire(blocking=False):
-            return True  # we are being taken over: wait for that with the others, not for it alone
+            return self.awaited  # we are being taken over: wait with the others, not for it alone
         try:
             try:
                 epoch = self._on_epoch
                 if self._epoch != epoch:
-                    return False  # another thread reads by now
+                    return 0  # another thread reads by now
+                if self.awaited == EPOLLOUT:
+                    return self._send_more()
                 requests: list[Request | None] = [*receiver.receive_what_is_there()]
                 if not requests:
-                    return not receiver.expects_much
+                    return 0 if receiver.parser.missing > SMALL_REQUEST else EPOLLIN
                 first = requests[0]
                 requests.append(None)
                 batch = self._batch = deque(requests)
@@ -366,16 +379,25 @@ class Transmission:
             log.set_name(self._log_name)
             more = self._run_measured(batch) if self._measured else self._run_queue(batch)
             if self._epoch != epoch:
-                return False
+                return 0
             self._unfinished = more
             sent = self.sender.send_without_waiting()
             small = first is not None and first[4] <= SMALL_REQUEST
-            on = sent and small and not more and not self._dispatching and not self._waited
-            return on and not receiver.parser.broken
+            if not small or more or self._dispatching or self._waited or receiver.parser.broken:
+                return 0
+            return EPOLLIN if sent else EPOLLOUT
         except BaseException as failure:  # it is for our own thread to say what it is
             self._busy = False
             self._thrown = failure
-            return False
+            return 0
+
+    def _send_more(self) -> int:
+        """Send what the client did not take before; as `turn`."""
+        ready = self.runner.ready
+        first = ready[0] if ready else None
+        if self.sender.send_without_waiting():
+            return EPOLLIN
+        return EPOLLOUT if ready and ready[0] is not first else 0
 
     # -- being left behind -----------------------------------------------------------------------
 
@@ -450,7 +472,7 @@ class Transmission:
     @property
     def sending(self) -> bool:
         """Whether replies are on their way to the client, or stuck there."""
-        return self.sender.sending
+        return self.sender.sending or (self.off is not None and self.awaited == EPOLLOUT)
 
     @property
     def groups(self) -> bool:

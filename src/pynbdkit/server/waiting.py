@@ -21,7 +21,7 @@ QUICK_CALL: Final = 50e-6
 """Seconds per call under which threads stop paying."""
 BUSY: Final = 0.7
 """Processors that this process uses, from which on more threads hardly get more done."""
-BY_FAR: Final = 5
+BY_FAR: Final = 8
 """So many times as long as a call that does not wait takes one of which a busy process is no
 explanation: connections that wait should not have to do without threads because others work."""
 EVIDENCE: Final = 0.005
