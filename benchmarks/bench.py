@@ -67,6 +67,8 @@ def selected(patterns: Sequence[str]) -> list[Task]:
                 if not patterns
                 or any(fnmatchcase(f"{kind}/{workload.name}/{name}", f"*{p}*") for p in patterns)
             }
+            if isinstance(workload, workloads.Crowd):
+                wanted -= set(servers.NO_CROWDS)
             if wanted:
                 wanted |= {baseline(kind, name) for name in wanted}
                 chosen = tuple(name for name in names if name in wanted)

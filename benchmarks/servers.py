@@ -59,6 +59,8 @@ REASON = {"memory-workers": "pynbdkit-workers", "file-workers": "pynbdkit-worker
 """The server that a kind is there for: its others are measured elsewhere."""
 FILES = ("file", "file-workers")
 """Kinds that serve the file; its content is there before they start."""
+NO_CROWDS = ("nbd-server",)
+"""Which refuse some of dozens of clients that come at once."""
 NOT_FILLED = (*FILES, "slow", "async")
 SLOW_CALL = {"slow": 0.001, "async": 0.01}
 """Seconds that each call of the slow plugins takes."""

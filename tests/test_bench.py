@@ -120,6 +120,13 @@ def test_of_costs_less_is_better() -> None:
     assert "| 30.0 KiB | 1 " in report.table([row])
 
 
+def test_who_refuses_crowds_is_not_asked_to_serve_them() -> None:
+    found = {task.workload.name: task.servers for task in bench.selected(["file/rand*"])}
+    assert "nbd-server" in found["randread-4k-d16-x4"]
+    assert "nbd-server" not in found["randread-4k-d4-x32"]
+    assert {"nbdkit", "qemu-nbd", "pynbdkit"} <= set(found["randread-4k-d4-x32"])
+
+
 def test_a_server_is_compared_with_nbdkit_run_in_the_same_way() -> None:
     assert servers.baseline("slow", "pynbdkit-t64") == "nbdkit-t64"
     assert servers.baseline("slow", "nbdkit-t64") == "nbdkit-t64"
