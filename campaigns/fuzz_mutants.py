@@ -80,8 +80,8 @@ MUTANTS = {
     ),
     "a worker leaves a reply where it is": Mutant(
         *("workers", "server/crew.py"),
-        "                    transmission.send_ready()\n            except",
-        "                    pass\n            except",
+        "                transmission.send_ready()\n        except",
+        "                pass\n        except",
     ),
     "what came with the end of the handshake is lost": Mutant(
         *("connection", "server/negotiation.py"),
