@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import NoReturn
@@ -84,6 +85,15 @@ def libnbd() -> ModuleType:
             sys.path.remove("/usr/lib/python3/dist-packages")
     assert isinstance(nbd, ModuleType)
     return nbd
+
+
+def open_files(pid: int) -> list[str]:
+    """What a process has open; a file that it closes meanwhile, a module say, may be missing."""
+    links = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            links.append(os.readlink(descriptor))
+    return links
 
 
 def run(

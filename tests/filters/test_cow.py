@@ -905,7 +905,7 @@ def test_the_overlay_is_a_file_without_a_name_in_tmpdir(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     server = serve("--filter=cow", "memory", "1M")
     assert not list(tmp_path.iterdir())
-    links = [os.readlink(fd) for fd in Path(f"/proc/{server.process.pid}/fd").iterdir()]
+    links = support.open_files(server.process.pid)
     assert [link for link in links if link.startswith(str(tmp_path)) and "(deleted)" in link]
 
 
