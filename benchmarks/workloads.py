@@ -305,7 +305,7 @@ _SMALL = tuple(
     for rw in ("randread", "randwrite")
 )
 _FOUR = tuple(Fio(f"{rw}-4k-d16-x4", rw, 4 * KIB, 16, jobs=4) for rw in ("randread", "randwrite"))
-# A crowd, none of which is very busy; and some whose requests are too large to be served together.
+# A crowd, none of which is very busy; and some whose requests are larger.
 _MANY = (
     *(Crowd(f"{rw}-4k-d4-x32", rw, 4 * KIB, 4, jobs=32) for rw in ("randread", "randwrite")),
     *(Fio(f"{rw}-64k-d4-x4", rw, 64 * KIB, 4, jobs=4) for rw in ("randread", "randwrite")),

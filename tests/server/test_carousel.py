@@ -25,9 +25,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pynbdkit
+from bare import bare_transmission
 from pynbdkit import Device, Fua, Plugin, RunningServer, Session, ThreadModel
-from pynbdkit.complete import Layer
-from pynbdkit.protocol.negotiated import ExportInfo, Negotiated
 from pynbdkit.protocol.requests import RequestParser
 from pynbdkit.server import carousel, crew, runner, server, transmission, waiting, watch
 from pynbdkit.server.carousel import SEVERAL, Carousel
@@ -697,20 +696,7 @@ def test_a_turn_that_ends_while_its_connection_is_being_left_behind(
 
 def alone(sock: socket.socket) -> Transmission:
     """A transmission that nobody runs."""
-    session = Session()
-    return Transmission(
-        sock,
-        Layer(Disks(None).open(session), session, "disks"),
-        Negotiated(ExportInfo("", SIZE, 0), False, True, ()),
-        b"",
-        session,
-        name="disks",
-        thread_model=ThreadModel.PARALLEL,
-        threads=16,
-        lock=None,
-        watch=watch.Watch(),
-        carousel=Carousel(),
-    )
+    return bare_transmission(sock, Disks(None).open(Session()))
 
 
 def test_no_turn_for_who_was_left_behind() -> None:

@@ -641,11 +641,10 @@ def test_a_long_batch_is_judged_by_what_it_cost_since_the_last_look(
     waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = types.SimpleNamespace(progress=(7, 200), _reader=1, _noted=(0, 0, 0, 0, 0, 0))
-    now, cost = 100.0, (50, 3.0)
+    now, cost = 100.0, (3.0, 50, 50.0)
     asked: list[Any] = []
     monkeypatch.setattr(transmission_module, "perf_counter", lambda: now)
-    monkeypatch.setattr(transmission_module, "process_time", lambda: now / 2)
-    monkeypatch.setattr(waiting, "cost_of", lambda thread: cost)
+    monkeypatch.setattr(waiting, "usage_of", lambda thread: cost)
 
     def judge(*what: float) -> bool:
         asked.append(what)
@@ -658,10 +657,10 @@ def test_a_long_batch_is_judged_by_what_it_cost_since_the_last_look(
 
     assert not look()  # the first time there is nothing to compare with
     assert not asked
-    now, cost, reader.progress = now + 4, (55, 3.25), (7, 193)
+    now, cost, reader.progress = now + 4, (3.25, 55, 52.0), (7, 193)
     assert look() == waits
     assert asked == [(7, 4.0, 0.25, 5, 2.0)]
-    now, cost, reader.progress = now + 4, (100, 4.0), (8, 1)
+    now, cost, reader.progress = now + 4, (4.0, 100, 54.0), (8, 1)
     assert not look()  # another batch
 
 

@@ -22,15 +22,11 @@ from typing import Any
 import pytest
 
 import pynbdkit
+from bare import bare_transmission
 from pynbdkit import CacheMode, Device, Fua, Plugin, RunningServer, Session, ThreadModel, log
-from pynbdkit.complete import Layer
-from pynbdkit.protocol.negotiated import ExportInfo, Negotiated
 from pynbdkit.protocol.requests import RequestParser
 from pynbdkit.server import receiver
-from pynbdkit.server.carousel import Carousel
 from pynbdkit.server.runner import HOLE_PAYS
-from pynbdkit.server.transmission import Transmission
-from pynbdkit.server.watch import Watch
 from raw import CACHE, FLUSH, READ, STATUS, TRIM, WRITE, ZEROES, Raw
 
 EPERM, EIO, ENOMEM, EINVAL, ENOSPC, EOVERFLOW, ENOTSUP, ESHUTDOWN = 1, 5, 12, 22, 28, 75, 95, 108
@@ -812,20 +808,7 @@ def test_a_socket_that_takes_part_of_the_replies_gets_all_of_them(name: str, tak
         for cookie, (_, count) in enumerate(kinds)
     )
     sock = Reluctant(requests, iter(lambda: takes, 0))
-    session = Session()
-    transmission = Transmission(
-        sock,  # type: ignore[arg-type]
-        Layer(disk, session, "disks"),
-        Negotiated(ExportInfo("", SIZE, 0), False, True, ()),
-        b"",
-        session,
-        name="disks",
-        thread_model=ThreadModel.PARALLEL,
-        threads=16,
-        lock=None,
-        watch=Watch(),
-        carousel=Carousel(),
-    )
+    transmission = bare_transmission(sock, disk)
     assert transmission.run() == ""
     assert sock.sent == expected
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 
 import pytest
 
@@ -136,9 +137,10 @@ def test_what_a_thread_has_cost_is_known_to_others() -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    switches, seconds = waiting.cost_of(numbers.get(timeout=WAIT))
+    seconds, switches, process = waiting.usage_of(numbers.get(timeout=WAIT))
     end.set()
     thread.join()
     assert switches >= 20
     assert 0 < seconds < WAIT
-    assert waiting.cost_of(1 << 30) == (0, 0.0)
+    assert 0 < process <= time.process_time()
+    assert waiting.usage_of(1 << 30)[:2] == (0.0, 0)

@@ -66,7 +66,7 @@ class Carousel:
             off = transmission.get_on()
             self._riders[descriptor] = transmission
             try:
-                self._epoll.register(descriptor, select.EPOLLIN)
+                self._epoll.register(descriptor, transmission.awaited)
             except OSError as error:  # the system looks at no more of them
                 log.debug(f"a connection is served by its thread: {error}")
                 del self._riders[descriptor]

@@ -129,8 +129,8 @@ class Crew:
                     self._queue.put(LEAD)
             else:
                 self._queue.put((request, weight))
-            if wanted and not self._start_worker() and not self._workers:
-                self._work_here()
+            if wanted:
+                self._start_worker()
 
     def leave_behind(self, target: Callable[[], None]) -> bool:
         """The reader stays in its call, `target` goes on in a new thread; False: it cannot."""
@@ -150,8 +150,8 @@ class Crew:
         with self._lock:
             self._left_behind -= 1
             wanted = self._wants_worker()
-        if wanted and not self._start_worker() and not self._workers:
-            self._work_here()
+        if wanted:
+            self._start_worker()
 
     def _wants_worker(self) -> bool:
         """Whether to start a worker, which counts from now on (call it with the lock)."""
@@ -161,12 +161,13 @@ class Crew:
             self._workers += 1
         return wanted
 
-    def _start_worker(self) -> bool:
+    def _start_worker(self) -> None:
+        """Start a worker that counts already; where the system has none at all, work here."""
         if self._start(self._work):
-            return True
+            return
         with self._lock:
             self._workers -= 1
-        return False
+        self._work_here()
 
     def _start(self, target: Callable[[], None]) -> bool:
         thread = threading.Thread(target=self._in_thread, args=(target,), daemon=True)
@@ -201,7 +202,7 @@ class Crew:
                 self._do(item)
 
     def _work_here(self) -> None:
-        """Do what is queued in this thread: the system has no other one for it."""
+        """Do what is queued in this thread, as long as there is no worker for it."""
         from queue import Empty
 
         while not self._workers:
@@ -264,18 +265,18 @@ class Crew:
 
     def _done(self, count: int, weight: int, seconds: float, cpu: float) -> None:
         """`count` requests were answered; their calls took `seconds`, and computed for `cpu`."""
-        each = 0.0
         with self._lock:
             self._bytes -= weight
             self._inflight -= count
             self._seconds += seconds
             self._cpu += cpu
             self._calls += count
-            if self._calls >= self._sample:
-                each, cpu = self._seconds / self._calls, self._cpu / self._calls
-                self._calls, self._seconds, self._cpu = 0, 0.0, 0.0
             self._lock.notify()
-        if each and quick(each, cpu):
+            if self._calls < self._sample:
+                return
+            each, cpu = self._seconds / self._calls, self._cpu / self._calls
+            self._calls, self._seconds, self._cpu = 0, 0.0, 0.0
+        if quick(each, cpu):
             log.debug(f"calls take {each * 1e6:.0f} us: without threads")
             self._doubt()
             self._transmission.calls_are_quick()

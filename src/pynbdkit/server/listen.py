@@ -33,11 +33,11 @@ KEEPALIVE_IDLE: Final = 60
 """Seconds of silence after which a TCP client is asked whether it is there. The system's two hours
 keep the buffers, threads and exclusive devices of a client whose machine has lost its power."""
 KEEPALIVE_INTERVAL: Final = 15
-QUIET: Final = 10.0
-"""Seconds in which the same trouble with accepting clients is not said again."""
 KEEPALIVE_COUNT: Final = 8
 """Eight questions without an answer, a quarter of a minute apart: a network may be away for two
 minutes (a switch that starts anew) without a connection lost."""
+QUIET: Final = 10.0
+"""Seconds in which the same trouble with accepting clients is not said again."""
 
 
 class Complaints:

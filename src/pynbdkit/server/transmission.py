@@ -28,7 +28,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections import deque
-from time import perf_counter, process_time
+from time import perf_counter
 
 from .. import log
 from ..flags import ThreadModel
@@ -425,14 +425,11 @@ class Transmission:
     def waits(self) -> bool:
         """Whether the calls of a long batch wait, by what was noted last time (for the Watch)."""
         serial, left = self.progress
-        now = serial, -left, *waiting.cost_of(self._reader), process_time(), perf_counter()
+        now = serial, -left, perf_counter(), *waiting.usage_of(self._reader)
         before, self._noted = self._noted, now
         if before[0] != serial:
             return False
-        _, calls, switches, cpu, process, wall = (
-            new - old for new, old in zip(now, before, strict=True)
-        )
-        return waiting.wait(calls, wall, cpu, switches, process)
+        return waiting.wait(*[new - old for new, old in zip(now[1:], before[1:], strict=True)])
 
     def _go_on(self, epoch: int, batch: deque[Request | None]) -> None:
         requests: list[Request | None] = []

@@ -99,8 +99,30 @@ class Evidence:
 
 
 def usage() -> tuple[float, float, float]:
-    """This thread's seconds of processor time, its switches, and the process's seconds."""
-    return thread_time(), switches(), process_time()
+    """This thread's seconds of processor time, its switches, and the process's seconds.
+
+    A switch: it gave up the processor to wait for something.
+    """
+    from resource import RUSAGE_THREAD, getrusage
+
+    return thread_time(), getrusage(RUSAGE_THREAD).ru_nvcsw, process_time()
+
+
+def usage_of(thread: int) -> tuple[float, float, float]:
+    """As `usage`, of another thread, by its number.
+
+    Zeros for the thread where that is not known (proc(5), "status" and "schedstat").
+    """
+    voluntary = 0
+    try:
+        with open(f"/proc/self/task/{thread}/status", encoding="ascii") as status:
+            for line in status:
+                if line.startswith("voluntary_ctxt_switches:"):
+                    voluntary = int(line.split()[1])
+        with open(f"/proc/self/task/{thread}/schedstat", encoding="ascii") as schedstat:
+            return int(schedstat.read().split()[0]) / 1e9, voluntary, process_time()
+    except (OSError, ValueError, IndexError):
+        return 0.0, 0, process_time()  # it has ended, or this is no Linux
 
 
 def quick(seconds: float, cpu: float) -> bool:
@@ -110,27 +132,3 @@ def quick(seconds: float, cpu: float) -> bool:
     computing, are compared with some that surely do not wait.
     """
     return seconds < QUICK_CALL or seconds < QUICK_CALL + without_waiting(cpu)
-
-
-def switches() -> int:
-    """How often this thread has given up the processor to wait for something."""
-    from resource import RUSAGE_THREAD, getrusage
-
-    return getrusage(RUSAGE_THREAD).ru_nvcsw
-
-
-def cost_of(thread: int) -> tuple[int, float]:
-    """How often another thread has given up the processor to wait, and its seconds of it.
-
-    Zeros where that is not known (proc(5), "status" and "schedstat").
-    """
-    voluntary = 0
-    try:
-        with open(f"/proc/self/task/{thread}/status", encoding="ascii") as status:
-            for line in status:
-                if line.startswith("voluntary_ctxt_switches:"):
-                    voluntary = int(line.split()[1])
-        with open(f"/proc/self/task/{thread}/schedstat", encoding="ascii") as schedstat:
-            return voluntary, int(schedstat.read().split()[0]) / 1e9
-    except (OSError, ValueError, IndexError):
-        return 0, 0.0  # it has ended, or this is no Linux
