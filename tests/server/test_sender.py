@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pynbdkit.server import sender
-from pynbdkit.server.sender import IOV_MAX, Sender
+from pynbdkit.server.sender import IOV_MAX, LARGE_REPLY, ROOM, Sender
 
 WAIT = 20.0
 """Seconds after which a test gives up: nothing that works takes that long."""
@@ -49,6 +49,8 @@ class Choosy:
         self.before: Callable[[], object] = lambda: None
         """Called at each write, with the lock of the sender held."""
 
+    family = socket.AF_INET
+
     def sendmsg(self, pieces: Sequence[Any], ancillary: Any = (), flags: int = 0) -> int:
         assert 0 < len(pieces) <= IOV_MAX
         self.before()
@@ -69,6 +71,10 @@ def choosy(*takes: int) -> Choosy:
 def sender_to(sock: Choosy | socket.socket) -> tuple[Sender, list[Any]]:
     ready: list[Any] = []
     return Sender(sock, ready), ready  # type: ignore[arg-type]
+
+
+def room(sock: socket.socket) -> int:
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
 
 
 def receive(sock: socket.socket, count: int) -> bytes:
@@ -167,6 +173,45 @@ def test_without_waiting_it_sends_what_the_client_takes(pair: Pair) -> None:
     one.send()
     client.join(WAIT)
     assert got == [b"".join(data)[MUCH - left :] + b"the end"]
+
+
+@pytest.mark.parametrize("how", [Sender.send, Sender.send_without_waiting])
+def test_large_replies_are_given_room(pair: Pair, how: Callable[[Sender], object]) -> None:
+    """And small ones are not: a client that takes them late gets more of them at a time."""
+    one, ready = sender_to(pair[0])
+    before = room(pair[0])
+    for reply, more in [(LARGE_REPLY - 1, False), (LARGE_REPLY, True), (512, True)]:
+        ready += [b"header", bytes(reply)]
+        how(one)
+        assert receive(pair[1], 6 + reply) == b"header" + bytes(reply)
+        assert (room(pair[0]) > before) == more
+
+
+def test_more_room_is_not_taken_away() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * ROOM)
+        before = room(ours)
+        one, ready = sender_to(ours)
+        ready.append(bytes(LARGE_REPLY))
+        one.send()
+        assert room(ours) == before
+
+
+def test_tcp_has_a_window_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender, "ROOM", 64 << 20)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as theirs,
+    ):
+        ours, _ = server.accept()
+        with ours:
+            one, ready = sender_to(ours)
+            before = room(ours)
+            ready.append(bytes(LARGE_REPLY))
+            one.send()
+            assert receive(theirs, LARGE_REPLY) == bytes(LARGE_REPLY)
+            assert room(ours) == before
 
 
 def test_who_sends_waits_for_the_client_and_that_can_be_seen(pair: Pair) -> None:

@@ -14,6 +14,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Final
 
+LARGE_REPLY: Final = 16 << 10
+"""Where data of so many bytes is sent, the socket is given more room."""
+ROOM: Final = 512 << 10
+"""How much a Unix socket takes that sends large replies: with what it takes by default (208 KiB,
+socket(7)) the server waits within a reply of 256 KiB, and the client for what comes next."""
 IOV_MAX: Final = min(os.sysconf("SC_IOV_MAX"), 1024)
 """Pieces of one send."""
 
@@ -27,6 +32,7 @@ class Sender:
         self._ready = ready
         self.lock = threading.Lock()
         """Whoever has it may send."""
+        self._narrow = type(sock) is socket.socket and sock.family == socket.AF_UNIX
 
     @property
     def sending(self) -> bool:
@@ -42,8 +48,7 @@ class Sender:
         lock = self.lock
         while ready and lock.acquire(wait):
             try:
-                pieces = ready[:IOV_MAX]
-                del ready[: len(pieces)]
+                pieces = self._take()
                 if pieces:
                     self._send(pieces)
             finally:
@@ -61,8 +66,7 @@ class Sender:
             if not lock.acquire(blocking=False):
                 return False
             try:
-                pieces = ready[:IOV_MAX]
-                del ready[: len(pieces)]
+                pieces = self._take()
                 try:
                     sent = self.sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
                 except BlockingIOError:
@@ -73,6 +77,21 @@ class Sender:
             finally:
                 lock.release()
         return True
+
+    def _take(self) -> list[Any]:
+        """Take what is sent at once from what is ready (call it with the lock)."""
+        ready = self._ready
+        pieces = ready[:IOV_MAX]
+        del ready[: len(pieces)]
+        if self._narrow and pieces and len(pieces[-1]) >= LARGE_REPLY:
+            self._widen()
+        return pieces
+
+    def _widen(self) -> None:
+        """Have the socket take more at a time (of TCP's the kernel itself takes care)."""
+        self._narrow = False
+        if self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < ROOM:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ROOM)
 
     def _send(self, pieces: list[Any]) -> None:
         sent = self.sock.sendmsg(pieces)
