@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import struct
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from pynbdkit.protocol.constants import MAX_PAYLOAD
 from pynbdkit.protocol.requests import (
+    ALIGNMENT,
     FIRST_BUFFER,
     LARGE_BUFFER,
     MANY_REQUESTS,
@@ -163,8 +166,9 @@ def feed(parser: RequestParser, pieces: Iterator[bytes] | Sequence[bytes]) -> li
 
 
 def size_of(parser: RequestParser) -> int:
-    """The bytes that the parser's buffer has."""
-    return len(parser.space().obj)  # type: ignore[arg-type]
+    """The bytes that the parser's buffer has, but for the few that align payloads."""
+    size = len(parser.space().obj)  # type: ignore[arg-type]
+    return size - size % ALIGNMENT
 
 
 # -- what is parsed --------------------------------------------------------------------------------
@@ -287,6 +291,52 @@ def test_a_payload_is_a_view_of_the_buffer() -> None:
     assert payload.obj is space.obj
 
 
+@given(requests, requests, requests, cuts)
+def test_payloads_live_until_it_turns_over_again(
+    first: list[Sent], second: list[Sent], third: list[Sent], cuts: list[int]
+) -> None:
+    parser = RequestParser(max_payload=LIMIT)
+    before: list[Any] = []
+    expected: list[Parsed] = []
+    for sent in (first, second, third, first):
+        data = b"".join(request.wire() for request in sent)
+        batch: list[Any] = []
+        for piece in split(data, cuts):
+            while piece:
+                space = parser.space()
+                count = min(len(space), len(piece))
+                space[:count] = piece[:count]
+                parser.received(count)
+                piece = piece[count:]
+                batch = parser.requests()
+        assert not parser.partial
+        assert [(*r[:5], None if r[5] is None else bytes(r[5])) for r in before] == expected
+        parser.turn_over()
+        before = batch
+        expected = [(*r[:5], None if r[5] is None else bytes(r[5])) for r in batch]
+
+
+@pytest.mark.parametrize("extended", [False, True])
+def test_a_large_payload_is_where_memory_is_copied_fastest(extended: bool) -> None:
+    parser = RequestParser(extended=extended)
+    kind = SentExtended if extended else Sent
+    whole = kind(0, WRITE, 1, 0, 200 * KIB, noise(200 * KIB)).wire()
+    for _ in range(6):
+        requests: list[Any] = []
+        at = 0
+        while not requests:
+            space = parser.space()
+            count = min(len(space), len(whole) - at)
+            space[:count] = whole[at : at + count]
+            parser.received(count)
+            at += count
+            requests = parser.requests()
+        (request,) = requests
+        address = ctypes.addressof(ctypes.c_char.from_buffer(request[5]))
+        assert address % ALIGNMENT == 0
+        parser.turn_over()
+
+
 @given(requests, requests, cuts, cuts)
 def test_payloads_live_on_after_detach(
     before: list[Sent], after: list[Sent], cuts: list[int], more: list[int]
@@ -363,6 +413,22 @@ def test_what_is_announced_costs_nothing_before_it_comes() -> None:
     assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < 1000
 
 
+@pytest.mark.parametrize("end", [RequestParser.close, RequestParser.shrink, RequestParser.detach])
+def test_neither_buffer_is_kept(end: Callable[[RequestParser], None]) -> None:
+    parser = RequestParser()
+    feed(parser, [write(noise(300 * KIB)).wire()])
+    buffers = []
+    for _ in range(2):
+        buffers.append(weakref.ref(parser.space().obj))
+        parser.turn_over()
+    assert parser.space().obj is buffers[0]()
+    assert buffers[1]() is not None
+    end(parser)
+    if end is not RequestParser.close:
+        parser.space()
+    assert [buffer() for buffer in buffers] == [None, None]
+
+
 def test_a_closed_parser_holds_nothing() -> None:
     parser = RequestParser()
     feed(parser, [write(noise(300 * KIB)).wire()])
@@ -390,7 +456,7 @@ def test_a_stream_of_writes_is_held_in_a_bounded_buffer(count: int) -> None:
             assert parsed[5] is not None
             done += parsed[5] == request.payload
     assert done == len(stream) // len(message)
-    assert largest <= max(LARGE_BUFFER, count + 28)
+    assert largest <= max(LARGE_BUFFER, count + 28) + ALIGNMENT
 
 
 def flood(parser: RequestParser, message: bytes, times: int) -> int:
@@ -454,7 +520,7 @@ def test_an_oversized_payload_is_skipped_not_stored() -> None:
     left = count - 1000
     while left:
         space = parser.space()
-        assert len(space.obj) <= LARGE_BUFFER  # type: ignore[arg-type]
+        assert len(space.obj) <= LARGE_BUFFER + ALIGNMENT  # type: ignore[arg-type]
         taken = min(left, len(space))
         parser.received(taken)
         assert parser.requests() == []

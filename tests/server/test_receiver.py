@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 
 from pynbdkit.protocol.requests import FIRST_BUFFER, RequestParser
 from pynbdkit.server import receiver
-from pynbdkit.server.receiver import SINGLE, WORTH_WAITING, Disconnect, Receiver
+from pynbdkit.server.receiver import (
+    FEW,
+    IN_TURN,
+    LARGE_PAYLOAD,
+    WORTH_WAITING,
+    Disconnect,
+    Receiver,
+)
 from raw import READ, WRITE, Raw
 
 WAIT = 20.0
@@ -92,18 +99,20 @@ def lone(ours: Receiver, theirs: socket.socket, number: int = 0) -> None:
 
 def warm_up(ours: Receiver, theirs: socket.socket) -> None:
     """So many lone requests that the next one is looked for."""
-    for number in range(SINGLE):
+    for number in range(IN_TURN):
         lone(ours, theirs, number)
 
 
 # -- looking before waiting ------------------------------------------------------------------------
 
 
-def test_it_looks_when_requests_come_alone(pair: Pair, clock: Clock) -> None:
+@pytest.mark.parametrize("count", range(1, FEW + 1))
+def test_it_looks_when_few_requests_come_at_a_time(pair: Pair, clock: Clock, count: int) -> None:
     ours = Receiver(pair[0], b"", False)
-    for number in range(SINGLE):
+    for _ in range(IN_TURN):
         assert clock.begun == 0
-        lone(ours, pair[1], number)
+        pair[1].sendall(b"".join(READS[:count]))
+        assert cookies(ours.receive()) == list(range(count))
     for number in range(1, 6):
         lone(ours, pair[1], number)
         assert clock.begun == number
@@ -165,13 +174,13 @@ def test_what_is_found_at_last_makes_it_look_each_time_again(pair: Pair, clock: 
     assert clock.begun == 14
 
 
-def test_it_does_not_look_where_requests_come_together(pair: Pair, clock: Clock) -> None:
+def test_it_does_not_look_where_many_requests_come_together(pair: Pair, clock: Clock) -> None:
     ours = Receiver(pair[0], b"", False)
     for _ in range(5):
-        for number in range(SINGLE - 1):
+        for number in range(IN_TURN - 1):
             lone(ours, pair[1], number)
-        pair[1].sendall(READS[1] + READS[2])
-        assert cookies(ours.receive()) == [1, 2]
+        pair[1].sendall(b"".join(READS[: FEW + 1]))
+        assert cookies(ours.receive()) == list(range(FEW + 1))
     assert clock.begun == 0
 
 
@@ -181,7 +190,7 @@ def test_it_does_not_look_with_one_processor(
     """The client could not send meanwhile."""
     monkeypatch.setattr(receiver, "_SEVERAL_CPUS", False)
     ours = Receiver(pair[0], b"", False)
-    for number in range(5 * SINGLE):
+    for number in range(5 * IN_TURN):
         lone(ours, pair[1], number)
     assert clock.begun == 0
 
@@ -193,7 +202,7 @@ def test_it_does_not_look_at_what_is_no_plain_socket(pair: Pair, clock: Clock) -
     with Other(fileno=pair[0].detach()) as other:
         ours = Receiver(other, b"", False)
         assert not ours.plain
-        for number in range(5 * SINGLE):
+        for number in range(5 * IN_TURN):
             lone(ours, pair[1], number)
     assert clock.begun == 0
 
@@ -204,7 +213,7 @@ def test_while_other_connections_are_busy_it_is_not_looked_for(pair: Pair, clock
     ours.alone = False
     lone(ours, pair[1])  # looked for, as it was not known then
     clock.looking = False
-    for _ in range(5 * SINGLE):
+    for _ in range(5 * IN_TURN):
         lone(ours, pair[1])
     assert clock.begun == 1
     ours.alone = True
@@ -285,7 +294,7 @@ def test_any_split_gives_the_same_requests(data: st.DataObject) -> None:
     with ours, theirs:
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         one = Receiver(ours, first, False)
-        one._single = data.draw(st.sampled_from([0, SINGLE]))
+        one._few = data.draw(st.sampled_from([0, IN_TURN]))
         got: list[Any] = []
         for piece in pieces:
             theirs.sendall(piece)
@@ -311,8 +320,9 @@ def test_the_rest_of_a_large_payload_is_received_in_one_go(
     plain = socket.socket.recv_into
 
     def note(self: socket.socket, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        calls.append((nbytes, flags))
-        if len(calls) == 2:
+        if flags != socket.MSG_DONTWAIT:  # that is for what comes behind it
+            calls.append((nbytes, flags))
+        if len(calls) == 2 and not sender.ident:
             sender.start()
         return plain(self, buffer, nbytes, flags)
 
@@ -334,6 +344,108 @@ def test_the_rest_of_a_large_payload_is_received_in_one_go(
         assert calls[1:] == [(missing, socket.MSG_WAITALL)]
     else:
         assert all(not flags for _, flags in calls)
+
+
+# -- what has come behind a large payload ----------------------------------------------------------
+
+
+def large(cookie: int, count: int = LARGE_PAYLOAD) -> bytes:
+    return Raw.request(WRITE, cookie, 0, count) + bytes([cookie]) * count
+
+
+def storing(ours: Receiver, theirs: socket.socket, behind: bytes, count: int) -> memoryview:
+    """The payload of a large write that came with something behind it, as it is to be stored."""
+    theirs.sendall(large(1, count) + behind)
+    request = ours.receive()[0]
+    payload = request[5]
+    assert payload is not None
+    assert payload == b"\1" * count
+    return payload
+
+
+@pytest.mark.parametrize("behind", [READS[3], READS[3] + READS[4], READS[3][:9], large(9)[:5000]])
+def test_it_is_received_before_the_payload_is_stored(pair: Pair, behind: bytes) -> None:
+    """At first the buffers are too small for all of it, later they are not."""
+    ours = Receiver(pair[0], b"", False)
+    for _ in range(4):
+        payload = storing(ours, pair[1], behind, LARGE_PAYLOAD)
+        with pytest.raises(BlockingIOError):
+            pair[0].recv(1, socket.MSG_DONTWAIT)
+        assert payload == b"\1" * LARGE_PAYLOAD
+        whole = large(9) if behind == large(9)[:5000] else READS[3] + READS[4]
+        pair[1].sendall(whole[len(behind) :] + READS[5])
+        while cookies(ours.receive())[-1] != 5:
+            pass
+        lone(ours, pair[1], 6)
+
+
+def test_the_payload_is_not_where_the_next_goes(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes with the end of a payload that was waited for, in buffers that are used again."""
+    plain = socket.socket.recv_into
+
+    def receive(self: socket.socket, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        if flags == socket.MSG_WAITALL:
+            pair[1].sendall(message[20_000:])
+        return plain(self, buffer, nbytes, flags)
+
+    monkeypatch.setattr(socket.socket, "recv_into", receive, raising=False)
+    ours = Receiver(pair[0], b"", False)
+    for number in range(6):
+        message = large(number) + large(99, 4096)
+        pair[1].sendall(message[:20_000])
+        (request,) = ours.receive()
+        assert ours.ahead
+        assert bytes(request[5] or b"") == bytes([number]) * LARGE_PAYLOAD
+        assert cookies(ours.receive()) == [99]
+
+
+@pytest.mark.parametrize("count", [LARGE_PAYLOAD - 1, LARGE_PAYLOAD])
+@pytest.mark.parametrize("alone", [True, False])
+def test_it_is_taken_along_where_it_pays(pair: Pair, count: int, alone: bool) -> None:
+    """A small payload is stored soon; and where others are busy, they use the time."""
+    ours = Receiver(pair[0], b"", False)
+    ours.alone = alone
+    storing(ours, pair[1], READS[3], count)
+    assert ours.ahead == (alone and count >= LARGE_PAYLOAD)
+    assert cookies(ours.receive()) == [3]
+
+
+def test_nothing_behind_it_and_then_something(pair: Pair) -> None:
+    ours = Receiver(pair[0], b"", False)
+    for _ in range(3):
+        storing(ours, pair[1], b"", LARGE_PAYLOAD)
+        assert not ours.ahead
+        lone(ours, pair[1], 7)
+
+
+def test_a_payload_lives_until_the_next_is_asked_for(pair: Pair) -> None:
+    ours = Receiver(pair[0], b"", False)
+    pair[1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+    pair[1].sendall(b"".join(large(cookie) for cookie in range(1, 30)))
+    seen = 0
+    while seen < 29:
+        for request in ours.receive():
+            seen += 1
+            assert bytes(request[5] or b"") == bytes([seen]) * LARGE_PAYLOAD
+    assert ours.receive_what_is_there() == []
+
+
+@pytest.mark.parametrize("unread", [b"", b"never read"])
+def test_a_client_that_goes_behind_it(pair: Pair, unread: bytes) -> None:
+    """What has come whole is served; the end is for the next one who receives."""
+    ours = Receiver(pair[0], b"", False)
+    pair[0].sendall(unread)
+    pair[1].sendall(large(1))
+    pair[1].close()  # what it has not read makes that an error, which the kernel tells once
+    try:
+        requests = ours.receive()
+    except ConnectionResetError:
+        requests = ours.receive()
+    assert cookies(requests) == [1]
+    with pytest.raises((Disconnect, ConnectionResetError)):
+        ours.receive()
 
 
 # -- the end ---------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ import pytest
 import pynbdkit
 from pynbdkit import Device, Filter, FilterDevice, Plugin, RunningServer, Session
 from pynbdkit.complete import Layer
+from pynbdkit.server import receiver, waiting
 from pynbdkit.server import transmission as transmission_module
-from pynbdkit.server import waiting
 from pynbdkit.server import watch as watch_module
 from pynbdkit.server.crew import Crew
 from pynbdkit.server.transmission import Transmission
@@ -526,6 +526,22 @@ def test_a_call_may_wait_for_a_later_request_of_its_client(
             assert client.simple(8 if kind == READ else 0)[:2] == (1, 0)
 
 
+def test_a_call_may_wait_for_a_request_that_came_right_behind_its_large_payload(
+    release: threading.Event,
+) -> None:
+    """It is received before the call begins, so there is nothing left to be seen on the socket."""
+    device = Meeting(lambda offset: release.set() if offset == 8 else until(release))
+    size = receiver.LARGE_PAYLOAD
+    with serving(device, release) as server, client_of(server) as client:
+        for _ in range(5):
+            read_ok(client, 8)  # and nobody else: it is alone
+        release.clear()
+        first = client.request(WRITE, 1, 0, size) + bytes(size)
+        client.send(first + client.request(READ, 2, 8, 8))
+        assert client.simple(8) == (2, 0, (8).to_bytes(8, "big"))
+        assert client.simple() == (1, 0, b"")
+
+
 def test_a_slow_request_does_not_hold_up_quick_ones(release: threading.Event) -> None:
     device = Meeting(lambda offset: until(release) if offset == 0 else None)
     with serving(device, release) as server, client_of(server) as client:
@@ -539,8 +555,9 @@ def test_a_slow_request_does_not_hold_up_quick_ones(release: threading.Event) ->
         assert client.simple(8) == (0, 0, bytes(8))
 
 
+@pytest.mark.parametrize("size", [4096, receiver.LARGE_PAYLOAD])
 def test_the_payload_of_a_call_that_was_left_behind_stays_what_it_was(
-    release: threading.Event,
+    release: threading.Event, size: int
 ) -> None:
     """However much is received meanwhile: its buffer is its own."""
     seen = []
@@ -554,14 +571,14 @@ def test_the_payload_of_a_call_that_was_left_behind_stays_what_it_was(
 
     device = Disk(lambda offset: None)
     with serving(device, release) as server, client_of(server) as client:
-        client.ask(WRITE, 1, 0, 4096, payload=b"A" * 4096)
+        client.ask(WRITE, 1, 0, size, payload=b"A" * size)
         assert device.calls.reaches(1)
         for cookie in range(2, 200):
-            client.ask(WRITE, cookie, 8192, 4096, payload=b"B" * 4096)
+            client.ask(WRITE, cookie, 8192, size, payload=b"B" * size)
             assert client.simple() == (cookie, 0, b"")
         release.set()
         assert client.simple() == (1, 0, b"")
-    assert seen == [b"A" * 4096]
+    assert seen == [b"A" * size]
 
 
 def test_no_more_than_the_threads_wait_at_once(release: threading.Event) -> None:

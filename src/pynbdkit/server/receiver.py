@@ -4,7 +4,9 @@ How it receives depends on what has come lately:
 
 - usually it waits in recv for as much as there is;
 - the rest of a large payload is received in one go;
-- where requests come one at a time, soon after the reply before, and no other connection is busy,
+- what has come of the next request while a large payload was received is received before that one
+  is run (`_take_along`): so the client goes on sending while we store;
+- where few requests come at a time, soon after the reply before, and no other connection is busy,
   it looks again and again for a moment (`POLL_FOR`) before it waits: on both sides a sleep costs
   more than all the rest.
 """
@@ -26,12 +28,16 @@ if TYPE_CHECKING:
 
 WORTH_WAITING: Final = 16 << 10
 """When more of a write's payload is missing, it is received in one go, not as it trickles in."""
+LARGE_PAYLOAD: Final = 64 << 10
+"""To store so many bytes takes long enough for a client to fill the socket meanwhile, and sleep."""
 LONG_SILENCE: Final = 5.0
 """Seconds after which a client that sends nothing is idle: it needs no large buffer."""
 POLL_FOR: Final = 60e-6
 """Seconds of looking for the next request: about what a client needs to wake up and send it."""
-SINGLE: Final = 8
-"""So many times in turn one request has come alone, before it pays to poll."""
+FEW: Final = 4
+"""So many requests come at a time, at most, where it pays to poll: more share a sleep's cost."""
+IN_TURN: Final = 8
+"""So often in turn few requests have come, before it pays to poll."""
 MAX_REST: Final = 4096
 """Requests that are waited for without polling, at most, after polling that found nothing."""
 TIMEVAL: Final = Struct("ll")
@@ -55,9 +61,10 @@ class Receiver:
         """Set, from any thread: nothing more is received."""
         self.alone = True
         """Whether no other connection is busy: polling would take the interpreter from it."""
-        self._first = bool(leftover)
+        self.ahead = bool(leftover)
+        """Whether the parser has bytes that it has not looked at."""
         self._timed = False  # silence is noticed: the parser has a large buffer to give back
-        self._single = 0  # how often in turn one request came alone
+        self._few = 0  # how often in turn few requests came
         self._rest = 0  # requests to wait for without polling
         self._missed = 0  # how often in turn polling found nothing
         self._polls = _SEVERAL_CPUS and (self.plain or getattr(sock, "pollable", False))
@@ -66,8 +73,8 @@ class Receiver:
         """The next requests: at least one. Raises Disconnect at the end, OSError."""
         parser = self.parser
         while True:
-            if self._first:
-                self._first = False
+            if self.ahead:
+                self.ahead = False
             else:
                 self._may_go_on()
                 space, missing = parser.space(), parser.missing
@@ -76,7 +83,7 @@ class Receiver:
                 try:
                     if missing > WORTH_WAITING:
                         count = self._sock.recv_into(space, missing, socket.MSG_WAITALL)
-                    elif self._single < SINGLE or not (count := self._poll(space)):
+                    elif self._few < IN_TURN or not (count := self._poll(space)):
                         count = self._sock.recv_into(space)
                 except BlockingIOError:  # it has been silent for long
                     parser.shrink()
@@ -86,10 +93,12 @@ class Receiver:
                 parser.received(count)
             requests = parser.requests()
             if requests:
-                if len(requests) > 1:
-                    self._single = 0
+                if len(requests) > FEW:
+                    self._few = 0
                 elif self._polls:
-                    self._single = self._single + 1 if self.alone else 0
+                    self._few = self._few + 1 if self.alone else 0
+                if requests[-1][4] >= LARGE_PAYLOAD and requests[-1][5] is not None:
+                    self._take_along()
                 return requests
 
     def receive_what_is_there(self) -> list[Request]:
@@ -98,8 +107,8 @@ class Receiver:
         Raises Disconnect at the end, OSError. For a `plain` socket.
         """
         parser = self.parser
-        if self._first:
-            self._first = False
+        if self.ahead:
+            self.ahead = False
             return parser.requests()
         self._may_go_on()
         try:
@@ -113,6 +122,23 @@ class Receiver:
         if not requests:
             self._may_go_on()  # no more will come, where they cannot be understood
         return requests
+
+    def _take_along(self) -> None:
+        """Receive what has come behind a large payload, which stays valid.
+
+        A client that has filled the socket is woken when most of it was taken out; it would sleep
+        through all that we do before.
+        """
+        parser = self.parser
+        if not self.plain or not self.alone or parser.partial or parser.broken:
+            return
+        parser.turn_over()
+        try:
+            count = self._sock.recv_into(parser.space(), 0, socket.MSG_DONTWAIT)
+        except OSError:
+            return  # nothing has come; or it is for the next one who receives to say
+        parser.received(count)
+        self.ahead = count > 0
 
     def shrink(self) -> None:
         """Nothing comes: give the large buffer back."""

@@ -404,7 +404,8 @@ class Transmission:
     def take_over(self) -> None:
         """The reader's call takes long: another thread goes on (called by the Watch)."""
         crew, batch, serial, off = self._crew, self._batch, self._serial, self.off
-        if crew is None or not (off is not None or len(batch) > 1 or _readable(self._sock)):
+        more = off is not None or len(batch) > 1 or self.receiver.ahead or _readable(self._sock)
+        if crew is None or not more:
             return
         if not self._turn.acquire(blocking=False):
             return  # its call has ended: it receives
