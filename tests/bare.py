@@ -12,7 +12,7 @@ from pynbdkit.server.transmission import Transmission
 from pynbdkit.server.watch import Watch
 
 
-def bare_transmission(sock: Any, device: Device) -> Transmission:
+def bare_transmission(sock: Any, device: Device, carousel: Carousel | None = None) -> Transmission:
     """One of simple replies, for a device whose calls may meet; nothing runs it yet."""
     session = Session()
     layer = Layer(device, session, "disks")
@@ -27,5 +27,5 @@ def bare_transmission(sock: Any, device: Device) -> Transmission:
         threads=16,
         lock=None,
         watch=Watch(),
-        carousel=Carousel(),
+        carousel=carousel or Carousel(),
     )

@@ -17,21 +17,20 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import pynbdkit
 from bare import bare_transmission
 from pynbdkit import Device, Fua, Plugin, RunningServer, Session, ThreadModel
 from pynbdkit.protocol.requests import RequestParser
-from pynbdkit.server import carousel, crew, runner, server, transmission, waiting, watch
-from pynbdkit.server.carousel import SEVERAL, Carousel
+from pynbdkit.server import carousel, company, crew, runner, sender, server, waiting, watch
+from pynbdkit.server.carousel import Carousel
+from pynbdkit.server.company import LARGE_WRITE, SMALL_REQUEST
 from pynbdkit.server.crew import Crew
-from pynbdkit.server.transmission import EPOLLIN, EPOLLOUT, SMALL_REQUEST, Transmission
+from pynbdkit.server.transmission import EPOLLIN, EPOLLOUT, Transmission
 from pynbdkit.session import current
 from raw import DISC, READ, WRITE, Raw
 
@@ -172,12 +171,13 @@ def until(condition: Callable[[], object]) -> None:
 @pytest.fixture(autouse=True)
 def eager(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Get on at once, and get off for no reason of time, on however slow a machine."""
-    monkeypatch.setattr(transmission, "MANY", 0)
+    monkeypatch.setattr(company, "MANY", 0)
     if "nbd" not in request.fixturenames:
-        monkeypatch.setattr(transmission, "SEVERAL", 2)
+        monkeypatch.setattr(company, "SEVERAL", 2)
         monkeypatch.setattr(carousel, "SWEEP", 1000.0)
         monkeypatch.setattr(waiting, "SLOW_CALL", 1000.0)
         monkeypatch.setattr(watch, "TICK", 0.02)
+        monkeypatch.setattr(sender, "ROOM", 0)  # a socket takes less than a batch of replies
 
 
 @pytest.fixture
@@ -449,6 +449,40 @@ def test_a_client_that_goes_while_the_carousel_waits_for_room(half: bool) -> Non
         board(plugin, second, third)
 
 
+def test_large_writes_ride_together_where_there_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And reads do not, where calls make none into the kernel: who goes over to them gets off."""
+    monkeypatch.setattr(company, "MANY", 3)
+    plugin = Disks(False)
+    with serving(plugin, 2) as (running, clients):
+        for _ in range(ROUNDS):
+            plugin.ran.clear()
+            for client in clients:
+                client.ask(WRITE, 1, 0, LARGE_WRITE, payload=CONTENT[:LARGE_WRITE])
+                assert client.simple() == (1, 0, b"")
+            if set(plugin.ran) == {"carousel"}:
+                break
+        assert riders(running) == 2
+        for _ in range(100):
+            for client in clients:
+                client.read()
+        assert riders(running) == 0
+
+
+def test_who_rides_knows_that_it_is_not_alone() -> None:
+    """For the receiver, which does not look before it waits, then."""
+    ours, theirs = socket.socketpair()
+    place = Carousel()
+    with ours, theirs:
+        one, other = (bare_transmission(ours, Disks().open(Session()), place) for _ in range(2))
+        for _ in range(5):
+            one._look_around([(0, READ, 1, 0, 512, None)])
+        assert one.receiver.alone
+        other._look_around([(0, READ, 1, 0, 512, None)])
+        one._look_around([(0, READ, 1, 0, 512, None)])
+        assert not one.receiver.alone
+        assert not other.receiver.alone
+
+
 def test_no_room_after_all_is_for_its_own_thread() -> None:
     """Woken for nothing it gets off: it must not be asked again and again."""
     ours, theirs = socket.socketpair()
@@ -469,7 +503,7 @@ def test_no_room_after_all_is_for_its_own_thread() -> None:
 
 
 def test_who_got_off_has_to_find_company_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transmission, "SEVERAL", 8)
+    monkeypatch.setattr(company, "SEVERAL", 8)
     plugin = Disks()
     with serving(plugin, 2) as (_, (client, other)):
         board(plugin, client, other)
@@ -1014,94 +1048,3 @@ def test_no_memory_for_the_reader_after_a_call_that_waits(
         release.set()
         until(lambda: running.connections == 1)
     assert "out of memory" in capsys.readouterr().err
-
-
-# -- the score -------------------------------------------------------------------------------------
-
-
-class Scored(SimpleNamespace):
-    """As much of a transmission as the score needs."""
-
-    def __init__(self, place: Any) -> None:
-        super().__init__(_carousel=place, _others=0, off=None, _dispatching=False, _waited=False)
-        self._fewest = 0
-        self._may_ride = True
-        self.receiver = SimpleNamespace(alone=True)
-
-    def has_company(self, count: int = SMALL_REQUEST) -> bool:
-        Transmission._look_around(self)  # type: ignore[arg-type]
-        return Transmission._has_company(self, count)  # type: ignore[arg-type]
-
-
-@pytest.fixture(autouse=True)
-def _real_score(request: pytest.FixtureRequest, eager: None) -> None:
-    if "score" in request.node.name:
-        request.getfixturevalue("monkeypatch").setattr(transmission, "SEVERAL", SEVERAL)
-
-
-def play(turns: list[int]) -> list[bool]:
-    """What each batch is told, of the connections whose turns these are."""
-    place = SimpleNamespace(last=None, connections=5)
-    all_of_them = [Scored(place) for _ in range(max(turns) + 1)]
-    return [all_of_them[turn].has_company() for turn in turns]
-
-
-@given(st.integers(1, 200))
-def test_the_score_of_one_alone(batches: int) -> None:
-    assert not any(play([0] * batches))
-
-
-@given(st.lists(st.integers(0, 4), min_size=100, max_size=200))
-def test_the_score_where_each_batch_follows_anothers(steps: list[int]) -> None:
-    turns = [0]
-    for step in steps:
-        turns.append((turns[-1] + 1 + step) % 6)  # never the same again
-    company = play(turns)
-    for who in range(6):
-        own = [told for turn, told in zip(turns, company, strict=True) if turn == who]
-        assert own == [2 * number >= SEVERAL for number in range(1, len(own) + 1)]
-
-
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=200))
-def test_the_score_says_who_is_alone(turns: list[int]) -> None:
-    """Who has come as often as it takes with nobody else between, after however much company."""
-    place = SimpleNamespace(last=None, connections=3)
-    all_of_them = [Scored(place) for _ in range(3)]
-    for turn in turns:
-        all_of_them[turn].has_company()
-        assert all_of_them[turn].receiver.alone == (all_of_them[turn]._others == 0)
-    lonely = all_of_them[0]
-    for _ in range(SEVERAL + 2):
-        assert not lonely.has_company() or not lonely.receiver.alone
-    assert lonely.receiver.alone
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(3, 30)), min_size=40, max_size=60))
-def test_the_score_of_those_who_come_in_bursts(bursts: list[tuple[int, int]]) -> None:
-    turns: list[int] = []
-    for who, length in bursts:
-        turns += [who] * length
-    assert not any(play(turns))
-
-
-def test_the_score_counts_only_for_small_requests_that_run_where_they_are_read() -> None:
-    place = SimpleNamespace(last=None, connections=5)
-    one = Scored(place)
-    for _ in range(SEVERAL):
-        place.last = None
-        one.has_company()
-    cases: list[tuple[dict[str, Any], int, bool]] = [
-        ({}, SMALL_REQUEST, True),
-        ({}, SMALL_REQUEST + 1, False),
-        ({"off": threading.Lock()}, SMALL_REQUEST, False),
-        ({"_dispatching": True}, SMALL_REQUEST, False),
-        ({"_waited": True}, SMALL_REQUEST, False),
-        ({"_fewest": 5}, SMALL_REQUEST, True),
-        ({"_may_ride": False}, SMALL_REQUEST, False),
-        ({"_fewest": 6}, SMALL_REQUEST, False),  # their calls make none into the kernel
-    ]
-    for change, count, rides in cases:
-        place.last = None
-        state = Scored(place)
-        state.__dict__.update(one.__dict__, **change)
-        assert state.has_company(count) == rides

@@ -17,7 +17,7 @@ import pytest
 
 import pynbdkit
 from pynbdkit import Device, Plugin, RunningServer, Session
-from pynbdkit.server import carousel, crew, transmission, waiting, watch
+from pynbdkit.server import carousel, company, crew, waiting, watch
 
 CLIENTS = 6
 BLOCK = 512
@@ -222,7 +222,7 @@ def test_no_byte_is_lost_where_connections_get_on_and_off_all_the_time(
     monkeypatch.setattr(crew, "SAMPLE", 16)
     monkeypatch.setattr(crew, "MAX_SAMPLE", 16)
     monkeypatch.setattr(waiting, "QUICK_CALL", 0.005)
-    monkeypatch.setattr(transmission, "SEVERAL", 2)
+    monkeypatch.setattr(company, "SEVERAL", 2)
     monkeypatch.setattr(carousel, "SWEEP", 0.05)
     monkeypatch.setattr(carousel, "ALONE", 30)
     monkeypatch.setattr(watch, "TICK", 0.001)

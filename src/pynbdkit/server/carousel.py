@@ -26,12 +26,6 @@ if TYPE_CHECKING:
 
     from .transmission import Transmission
 
-SEVERAL: Final = 16
-"""A connection gets on when its score has come to this: each batch of its own that follows another
-connection's counts 2, each that follows one of its own takes 1 away."""
-MANY: Final = 8
-"""From so many connections on, those ride as well whose calls make none into the kernel: fewer of
-them hand the interpreter's lock over for a send and a receive only, and use both processors."""
 ALONE: Final = 2000
 """So many batches in turn of one connection: the others are silent, it gets off."""
 SWEEP: Final = 2.0

@@ -34,7 +34,7 @@ from .. import log
 from ..flags import ThreadModel
 from ..session import set_current
 from . import waiting
-from .carousel import MANY, SEVERAL
+from .company import SMALL_REQUEST, Company
 from .crew import Crew
 from .receiver import Disconnect, Receiver
 from .runner import Runner
@@ -56,10 +56,6 @@ if TYPE_CHECKING:
 # Their values are the same everywhere that has epoll(7); select has them on Linux only.
 EPOLLIN: Final = 1
 EPOLLOUT: Final = 4
-SMALL_REQUEST: Final = 128 << 10
-"""Requests of up to this many bytes are small: what runs them can do so for others, too.
-
-Above that, connections with a thread each copy more at a time than they lose by handing over."""
 NO_MEMORY: Final = "out of memory for a client's requests: its connection is closed"
 
 
@@ -126,9 +122,9 @@ class Transmission:
         # A call that waits would hold up all that ride together, unless it can be left behind.
         quick = may_block is False or self._measured
         self._may_ride = quick and lock is None and self.receiver.plain and carousel.available
-        self._fewest = 0 if self._measured else MANY  # connections that make it worth riding
         carousel.connections += 1
-        self._others = 0  # the score of other connections' batches between our own
+        self.company = Company(carousel, self, in_memory=not self._measured)
+        """What we know of other connections that are busy."""
         self.off: threading.Lock | None = None
         """Held while the carousel serves us (see `get_on`)."""
         self.awaited = 0
@@ -185,7 +181,8 @@ class Transmission:
         receive, run_batch, send = self.receiver.receive, self.runner.run_batch, self.send
         while True:
             requests = receive()
-            first, batch = requests[0][4], iter(requests)
+            first = self._look_around(requests)
+            batch = iter(requests)
             del requests  # a payload keeps the whole buffer, also while the client is silent
             more = True
             while more:
@@ -195,8 +192,7 @@ class Transmission:
                     with lock:
                         more = run_batch(batch)
                 send()
-            self._look_around()
-            if self._has_company(first):
+            if self._would_ride(first):
                 self._ride()
 
     def _read_with(self, crew: Crew | Tasks, epoch: int) -> None:
@@ -205,21 +201,20 @@ class Transmission:
             with self._turn:
                 if self._epoch != epoch or self._why is not None:
                     break
-                requests: list[Request | None] = [*receive()]
-                self._look_around()
+                requests = receive()
+                first = self._look_around(requests)
                 if self._dispatching:
                     crew.dispatch(requests)
                     continue
-                first = requests[0][4] if requests[0] is not None else 0
-                requests.append(None)
                 batch = self._batch = deque(requests)
+                batch.append(None)
                 self._serial += 1
                 del requests  # a payload keeps the whole buffer, also while the client is silent
             more = True
             while more:
                 more = self._run_measured(batch)
                 send()
-            if self._epoch == epoch and self._has_company(first) and self._still_reads(epoch):
+            if self._epoch == epoch and self._would_ride(first) and self._still_reads(epoch):
                 self._ride()
         if self._epoch != epoch:
             crew.came_back()
@@ -297,31 +292,26 @@ class Transmission:
 
     # -- on the carousel -------------------------------------------------------------------------
 
-    def _look_around(self) -> None:
-        """Find out, batch by batch, whether other connections are busy."""
-        carousel = self._carousel
-        if carousel.last is not self:
-            carousel.last = self
-            self._others = min(self._others + 2, SEVERAL)
-        elif self._others:
-            self._others -= 1
-        self.receiver.alone = not self._others
+    def _look_around(self, requests: list[Request]) -> int:
+        """Find out, batch by batch, whether others are busy; returns the first request's bytes."""
+        count = requests[0][4]
+        self.company.look_around(count, requests[0][5] is not None)
+        self.receiver.alone = self.company.alone
+        return count
 
-    def _has_company(self, count: int) -> bool:
+    def _would_ride(self, count: int) -> bool:
         """Whether to ride with others that are busy, after a request of `count` bytes."""
         return (
-            self._others >= SEVERAL
+            self.company.found(count)
             and self._may_ride
             and self.off is None
-            and count <= SMALL_REQUEST
-            and self._carousel.connections >= self._fewest
             and not self._dispatching
             and not self._waited
         )
 
     def _ride(self) -> None:
         """Let the carousel read for us, until we have to go on by ourselves; raises as `_read`."""
-        self._others = 0
+        self.company.forget()
         epoch = self._epoch
         self._carousel.ride(self)
         self.send()
@@ -366,12 +356,13 @@ class Transmission:
                     return 0  # another thread reads by now
                 if self.awaited == EPOLLOUT:
                     return self._send_more()
-                requests: list[Request | None] = [*receiver.receive_what_is_there()]
+                requests = receiver.receive_what_is_there()
                 if not requests:
                     return 0 if receiver.parser.missing > SMALL_REQUEST else EPOLLIN
-                first = requests[0]
-                requests.append(None)
+                first = requests[0][4]
+                self.company.weigh(first, requests[0][5] is not None)
                 batch = self._batch = deque(requests)
+                batch.append(None)
                 self._serial += 1
             finally:
                 self._turn.release()
@@ -382,8 +373,9 @@ class Transmission:
                 return 0
             self._unfinished = more
             sent = self.sender.send_without_waiting()
-            small = first is not None and first[4] <= SMALL_REQUEST
-            if not small or more or self._dispatching or self._waited or receiver.parser.broken:
+            if more or self._dispatching or self._waited or receiver.parser.broken:
+                return 0
+            if not self.company.suits(first):
                 return 0
             return EPOLLIN if sent else EPOLLOUT
         except BaseException as failure:  # it is for our own thread to say what it is
