@@ -301,7 +301,7 @@ def fill(server: Server, place: Place) -> None:
 
 _SMALL = tuple(
     Fio(f"{rw}-4k-d{depth}", rw, 4 * KIB, depth)
-    for depth in (1, 16, 64)
+    for depth in (1, 2, 4, 16, 64)
     for rw in ("randread", "randwrite")
 )
 _FOUR = tuple(Fio(f"{rw}-4k-d16-x4", rw, 4 * KIB, 16, jobs=4) for rw in ("randread", "randwrite"))

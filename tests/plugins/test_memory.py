@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 import pynbdkit
 from pynbdkit.chain import Chain
 from pynbdkit.complete import Layer
-from pynbdkit.plugins.memory import MappedDisk, SharedDisk
+from pynbdkit.plugins.memory import LARGE_WRITE, MADV_POPULATE_WRITE, MappedDisk, SharedDisk
 from pynbdkit.session import Session
 from support import ServerProcess, run
 from support import pynbdkit as command
@@ -149,6 +151,66 @@ def test_copies_there_and_back(serve: Callable[..., ServerProcess], tmp_path: Pa
     run("nbdcopy", server.uri, target)
     run("cmp", source, target)
     assert target.stat().st_blocks * 512 < 2 << 20
+
+
+class Advised:
+    """A mapping that notes what the kernel is told of it, and may answer with an error."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.error = error
+        self.heard: list[tuple[int, ...]] = []
+
+    def madvise(self, *advice: int) -> None:
+        self.heard.append(advice)
+        if self.error:
+            raise OSError(self.error, "no")
+
+
+@pytest.mark.parametrize(
+    ("offset", "count", "asked"),
+    [
+        (0, LARGE_WRITE, (0, LARGE_WRITE)),
+        (CHUNK - 1, LARGE_WRITE, (CHUNK - mmap.PAGESIZE, LARGE_WRITE + mmap.PAGESIZE - 1)),
+        (20 * CHUNK - LARGE_WRITE, LARGE_WRITE, (20 * CHUNK - LARGE_WRITE, LARGE_WRITE)),
+        (0, LARGE_WRITE - 1, None),
+    ],
+)
+def test_a_large_write_gets_its_pages_at_once(
+    offset: int, count: int, asked: tuple[int, int] | None
+) -> None:
+    disk = MappedDisk(20 * CHUNK, True, False)
+    device = disk.device()
+    disk.map = kernel = Advised()  # type: ignore[assignment]
+    for byte in b"xy":
+        device.pwrite(memoryview(bytes([byte]) * count), offset, 0)
+        assert device.pread(count, offset, 0) == bytes([byte]) * count
+    # The second time they are there.
+    assert kernel.heard == ([(MADV_POPULATE_WRITE, *asked)] if asked else [])
+
+
+@pytest.mark.parametrize(("error", "times"), [(errno.EINVAL, 1), (errno.ENOMEM, 3)])
+def test_a_kernel_that_does_not_give_them(error: int, times: int) -> None:
+    """It does not know how, and is not asked again; or it has none now."""
+    disk = MappedDisk(20 * CHUNK, True, False)
+    device = disk.device()
+    disk.map = kernel = Advised(error)  # type: ignore[assignment]
+    for number in range(3):
+        device.pwrite(memoryview(b"x" * LARGE_WRITE), number * LARGE_WRITE, 0)
+    assert device.pread(3 * LARGE_WRITE, 0, 0) == b"x" * 3 * LARGE_WRITE
+    assert len(kernel.heard) == times
+
+
+@pytest.mark.parametrize("allocator", ["sparse", "malloc"])
+def test_a_small_write_takes_a_small_page(
+    serve: Callable[..., ServerProcess], connect: Any, allocator: str
+) -> None:
+    """Also where the system gives large ones unasked; what is reserved is left to it."""
+    server = serve("memory", "77M", f"allocator={allocator}")
+    connect(server)
+    smaps = Path(f"/proc/{server.process.pid}/smaps").read_text()
+    found = re.findall(r"^Size: +(\d+) kB$.*?^VmFlags:(.*?)$", smaps, re.MULTILINE | re.DOTALL)
+    small = sum(int(size) for size, flags in found if "nh" in flags.split())
+    assert (small >= 77 << 10) == (allocator == "sparse")
 
 
 SIZE = 5 * CHUNK + 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import resource
 import struct
 import weakref
@@ -19,6 +20,7 @@ from pynbdkit.protocol.requests import (
     FIRST_BUFFER,
     LARGE_BUFFER,
     MANY_REQUESTS,
+    MAPPED_BUFFER,
     SMALL_BUFFER,
     RequestParser,
     encode_request,
@@ -335,6 +337,36 @@ def test_a_large_payload_is_where_memory_is_copied_fastest(extended: bool) -> No
         address = ctypes.addressof(ctypes.c_char.from_buffer(request[5]))
         assert address % ALIGNMENT == 0
         parser.turn_over()
+
+
+def test_what_was_larger_than_a_buffer_should_be_is_no_second_one() -> None:
+    parser = RequestParser()
+    feed(parser, [write(bytes(8 * MIB)).wire()])
+    parser.turn_over()
+    for _ in range(3):
+        assert size_of(parser) <= LARGE_BUFFER
+        parser.turn_over()
+
+
+@pytest.mark.parametrize("size", [SMALL_BUFFER, LARGE_BUFFER])
+def test_where_there_is_no_memory_for_a_second_buffer(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = RequestParser()
+    whole = write(noise(size - 28)).wire()
+    feed(parser, [whole])
+    space = parser.space()
+
+    def none(*_: object) -> object:
+        raise MemoryError if size < MAPPED_BUFFER else OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", none)
+        patch.setattr("pynbdkit.protocol.requests.bytearray", none, raising=False)
+        with pytest.raises(MemoryError):
+            parser.turn_over()
+    assert parser.space().obj is space.obj
+    assert feed(parser, [whole]) == [write(noise(size - 28)).parsed(size)]
 
 
 @given(requests, requests, cuts, cuts)

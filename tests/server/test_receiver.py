@@ -432,6 +432,16 @@ def test_a_payload_lives_until_the_next_is_asked_for(pair: Pair) -> None:
     assert ours.receive_what_is_there() == []
 
 
+def test_no_memory_to_take_it_along(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(self: RequestParser) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(RequestParser, "turn_over", none)
+    ours = Receiver(pair[0], b"", False)
+    storing(ours, pair[1], READS[3], LARGE_PAYLOAD)
+    assert cookies(ours.receive()) == [3]
+
+
 @pytest.mark.parametrize("unread", [b"", b"never read"])
 def test_a_client_that_goes_behind_it(pair: Pair, unread: bytes) -> None:
     """What has come whole is served; the end is for the next one who receives."""

@@ -11,6 +11,7 @@ are forked (`SharedDisk`): there, any of them may be killed at any moment.
 
 from __future__ import annotations
 
+import errno
 import mmap
 
 from .. import parameters
@@ -37,6 +38,10 @@ PIECE: Final = 1 << 20
 """Bytes that are zeroed at a time."""
 MAX_MAPPED: Final = 1 << 44
 """Larger disks are not mapped."""
+LARGE_WRITE: Final = 2 * CHUNK
+"""For a write of so many bytes the kernel is asked for all pages at once, where there are none."""
+MADV_NOHUGEPAGE: Final = getattr(mmap, "MADV_NOHUGEPAGE", 15)
+MADV_POPULATE_WRITE: Final = getattr(mmap, "MADV_POPULATE_WRITE", 23)
 MAP_NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
@@ -123,6 +128,9 @@ class MappedDisk:
         except (OSError, OverflowError, ValueError) as error:
             raise ConfigError(f"size={size}: cannot allocate the disk: {error}") from None
         self.view = memoryview(self.map)
+        self._populates = sparse
+        if sparse:  # a small write is to take a small page, also where the system gives large ones
+            self._advise(MADV_NOHUGEPAGE, 0, size)
         self.written = self._note((size + CHUNK - 1) >> CHUNK_BITS)
         if locked:
             _mlock(self.map, size)
@@ -178,6 +186,21 @@ class MappedDisk:
         for at in range(start, end, PIECE):
             piece = min(end - at, PIECE)
             self.view[at : at + piece] = bytes(piece)
+
+    def populate(self, count: int, offset: int) -> None:
+        """Have the pages of a range: all at once costs half of a fault for each (madvise(2))."""
+        if self._populates:
+            start = offset & -mmap.PAGESIZE
+            self._populates = self._advise(MADV_POPULATE_WRITE, start, offset + count - start)
+
+    def _advise(self, advice: int, start: int, count: int) -> bool:
+        """Whether the kernel takes this advice; all is as well without."""
+        try:
+            if count:
+                self.map.madvise(advice, start, count)
+        except OSError as error:
+            return error.errno != errno.EINVAL
+        return True
 
     def mark(self, count: int, offset: int) -> None:
         """Note that a range is allocated."""
@@ -255,9 +278,11 @@ class MemoryDevice(RamDevice):
     def pwrite(self, buf: Buffer, offset: int, flags: int) -> None:
         """Write, and note it for extents."""
         count = len(buf)
-        self._view[offset : offset + count] = buf
         first = offset >> CHUNK_BITS
         last = (offset + count - 1) >> CHUNK_BITS
+        if count >= LARGE_WRITE and not self._written[first]:
+            self._disk.populate(count, offset)
+        self._view[offset : offset + count] = buf
         if first == last:
             self._written[first] = 1
         else:

@@ -215,14 +215,17 @@ class RequestParser:
     def turn_over(self) -> None:
         """Go on in a second buffer: the payloads of now are valid until it is called again.
 
-        For when no request has begun (`partial`): what has begun is not taken along.
+        For when no request has begun (`partial`): what has begun is not taken along. Raises
+        MemoryError, and then nothing has changed.
         """
         view, spare = self._view, self._spare
-        if spare is None:
-            self._renew(self._size)
-        else:
+        lasting = self._size == self._aim
+        if spare is not None and lasting:
             self._view = spare
-        self._spare = view
+        else:
+            self._renew(self._aim)
+        if lasting:
+            self._spare = view
         self._start = self._end = 0
 
     def detach(self) -> None:
@@ -248,16 +251,15 @@ class RequestParser:
         self._size = self._start = self._end = 0
 
     def _renew(self, size: int) -> None:
-        self._size = size
-        self._spare = None
         if size < MAPPED_BUFFER:
-            self._view = memoryview(bytearray(size))
+            view = memoryview(bytearray(size))
         else:
             from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
             try:
                 lead = -self._header % ALIGNMENT
                 mapping = mmap(-1, lead + size, MAP_PRIVATE | MAP_ANONYMOUS)
-                self._view = memoryview(mapping)[lead:]
             except OSError:  # not one of a socket, for whoever receives
                 raise MemoryError from None
+            view = memoryview(mapping)[lead:]
+        self._view, self._size, self._spare = view, size, None

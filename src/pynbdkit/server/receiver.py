@@ -132,10 +132,10 @@ class Receiver:
         parser = self.parser
         if not self.plain or not self.alone or parser.partial or parser.broken:
             return
-        parser.turn_over()
         try:
+            parser.turn_over()
             count = self._sock.recv_into(parser.space(), 0, socket.MSG_DONTWAIT)
-        except OSError:
+        except (OSError, MemoryError):
             return  # nothing has come; or it is for the next one who receives to say
         parser.received(count)
         self.ahead = count > 0
