@@ -26,7 +26,17 @@ import pynbdkit
 from bare import bare_transmission
 from pynbdkit import Device, Fua, Plugin, RunningServer, Session, ThreadModel
 from pynbdkit.protocol.requests import RequestParser
-from pynbdkit.server import carousel, company, crew, runner, sender, server, waiting, watch
+from pynbdkit.server import (
+    carousel,
+    company,
+    crew,
+    receiver,
+    runner,
+    sender,
+    server,
+    waiting,
+    watch,
+)
 from pynbdkit.server.carousel import Carousel
 from pynbdkit.server.company import LARGE_WRITE, SMALL_REQUEST
 from pynbdkit.server.crew import Crew
@@ -466,6 +476,22 @@ def test_large_writes_ride_together_where_there_are_few(monkeypatch: pytest.Monk
             for client in clients:
                 client.read()
         assert riders(running) == 0
+
+
+@pytest.mark.parametrize("blocking", [False, None])
+def test_nobody_gets_on_with_a_request_that_was_received_ahead(blocking: bool | None) -> None:
+    """The carousel waits for the socket, which has nothing more to tell."""
+    plugin = Disks(blocking)
+    size = receiver.LARGE_PAYLOAD
+    with serving(plugin, 2) as (_, (client, other)):
+        for _ in range(10):
+            for _ in range(5):
+                client.read(0, SMALL_REQUEST + 1)  # and nobody else: it is alone, and does not ride
+            other.read()
+            write = client.request(WRITE, 1, 0, size) + CONTENT[:size]
+            client.send(write + client.request(READ, 512, 512, 512))
+            assert client.simple() == (1, 0, b"")
+            client.expect(512)
 
 
 def test_who_rides_knows_that_it_is_not_alone() -> None:

@@ -206,8 +206,9 @@ class Transmission:
                 if self._dispatching:
                     crew.dispatch(requests)
                     continue
-                batch = self._batch = deque(requests)
+                batch: deque[Request | None] = deque(requests)
                 batch.append(None)
+                self._batch = batch
                 self._serial += 1
                 del requests  # a payload keeps the whole buffer, also while the client is silent
             more = True
@@ -307,6 +308,7 @@ class Transmission:
             and self.off is None
             and not self._dispatching
             and not self._waited
+            and not self.receiver.ahead  # it waits for the socket, and that is here already
         )
 
     def _ride(self) -> None:
@@ -361,8 +363,9 @@ class Transmission:
                     return 0 if receiver.parser.missing > SMALL_REQUEST else EPOLLIN
                 first = requests[0][4]
                 self.company.weigh(first, requests[0][5] is not None)
-                batch = self._batch = deque(requests)
+                batch: deque[Request | None] = deque(requests)
                 batch.append(None)
+                self._batch = batch
                 self._serial += 1
             finally:
                 self._turn.release()
