@@ -21,6 +21,7 @@ from pynbdkit.protocol.requests import (
     LARGE_BUFFER,
     MANY_REQUESTS,
     MAPPED_BUFFER,
+    ONCE_MORE,
     SMALL_BUFFER,
     RequestParser,
     encode_request,
@@ -339,15 +340,6 @@ def test_a_large_payload_is_where_memory_is_copied_fastest(extended: bool) -> No
         parser.turn_over()
 
 
-def test_what_was_larger_than_a_buffer_should_be_is_no_second_one() -> None:
-    parser = RequestParser()
-    feed(parser, [write(bytes(8 * MIB)).wire()])
-    parser.turn_over()
-    for _ in range(3):
-        assert size_of(parser) <= LARGE_BUFFER
-        parser.turn_over()
-
-
 @pytest.mark.parametrize("size", [SMALL_BUFFER, LARGE_BUFFER])
 def test_where_there_is_no_memory_for_a_second_buffer(
     size: int, monkeypatch: pytest.MonkeyPatch
@@ -514,10 +506,33 @@ def test_a_buffer_that_is_always_full_grows(count: int) -> None:
     assert SMALL_BUFFER < size_of(parser) <= LARGE_BUFFER
 
 
-def test_a_large_write_does_not_keep_its_buffer() -> None:
+@pytest.mark.parametrize("count", [2 * MIB, 8 * MIB])
+def test_large_writes_use_one_buffer_again_and_again(count: int) -> None:
+    """Also with others between them: to have the memory anew took longer than all the rest."""
+    parser = RequestParser()
+    large, small = write(bytes(count)).wire(), Sent(0, READ, 1, 0, 512).wire()
+    feed(parser, [large])
+    buffer = parser.space().obj
+    for _ in range(4):
+        feed(parser, [small] * (ONCE_MORE // 2))
+        feed(parser, [large[:100], large[100:], write(bytes(count - 5000)).wire()])
+        assert parser.space().obj is buffer
+
+
+def test_a_large_write_does_not_keep_its_buffer_for_good() -> None:
     parser = RequestParser()
     feed(parser, [write(bytes(16 * MIB)).wire()])
+    assert size_of(parser) >= 16 * MIB
+    small = Sent(0, READ, 1, 0, 512).wire()
+    feed(parser, [small] * ONCE_MORE)
     assert size_of(parser) <= LARGE_BUFFER
+
+
+def test_nor_does_it_in_a_silence() -> None:
+    parser = RequestParser()
+    feed(parser, [write(bytes(16 * MIB)).wire()])
+    parser.shrink()
+    assert size_of(parser) == FIRST_BUFFER
 
 
 def test_a_flood_of_small_requests_gets_a_small_buffer() -> None:
@@ -538,7 +553,7 @@ def test_a_large_write_with_another_behind_it_leaves_no_large_buffer_for_good() 
     data = write(bytes(8 * MIB)).wire()
     small = Sent(0, READ, 1, 0, 512).wire()
     feed(parser, [data + small[:5]])
-    for _ in range(10):
+    for _ in range(ONCE_MORE):
         feed(parser, [small[5:] + small[:5]])
     assert size_of(parser) <= LARGE_BUFFER
 

@@ -22,6 +22,7 @@ from pynbdkit.server.receiver import (
     FEW,
     IN_TURN,
     LARGE_PAYLOAD,
+    LARGEST_PAYLOAD,
     WORTH_WAITING,
     Disconnect,
     Receiver,
@@ -401,14 +402,30 @@ def test_the_payload_is_not_where_the_next_goes(
         assert cookies(ours.receive()) == [99]
 
 
-@pytest.mark.parametrize("count", [LARGE_PAYLOAD - 1, LARGE_PAYLOAD])
+@pytest.mark.parametrize(
+    "count", [LARGE_PAYLOAD - 1, LARGE_PAYLOAD, LARGEST_PAYLOAD, LARGEST_PAYLOAD + 1]
+)
 @pytest.mark.parametrize("alone", [True, False])
-def test_it_is_taken_along_where_it_pays(pair: Pair, count: int, alone: bool) -> None:
-    """A small payload is stored soon; and where others are busy, they use the time."""
+def test_it_is_taken_along_where_it_pays(
+    pair: Pair, count: int, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small payload is stored soon, of a large one a socket takes little; and where others are
+    busy, they use the time."""
+    plain = socket.socket.recv_into
+    client = threading.Thread(target=pair[1].sendall, args=(large(1, count) + READS[3],))
+
+    def receive(self: socket.socket, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        if flags == socket.MSG_DONTWAIT:
+            client.join(WAIT)  # all is there
+        return plain(self, buffer, nbytes, flags)
+
+    monkeypatch.setattr(socket.socket, "recv_into", receive, raising=False)
     ours = Receiver(pair[0], b"", False)
     ours.alone = alone
-    storing(ours, pair[1], READS[3], count)
-    assert ours.ahead == (alone and count >= LARGE_PAYLOAD)
+    client.start()
+    (request,) = ours.receive()
+    assert bytes(request[5] or b"") == b"\1" * count
+    assert ours.ahead == (alone and LARGE_PAYLOAD <= count <= LARGEST_PAYLOAD)
     assert cookies(ours.receive()) == [3]
 
 
@@ -430,6 +447,20 @@ def test_a_payload_lives_until_the_next_is_asked_for(pair: Pair) -> None:
             seen += 1
             assert bytes(request[5] or b"") == bytes([seen]) * LARGE_PAYLOAD
     assert ours.receive_what_is_there() == []
+
+
+def test_behind_a_large_read_nothing_is_taken_along(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no payload; so the next receive would do the same."""
+
+    def never(self: RequestParser) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(RequestParser, "turn_over", never)
+    ours = Receiver(pair[0], b"", False)
+    pair[1].sendall(Raw.request(READ, 1, 0, LARGE_PAYLOAD))
+    assert cookies(ours.receive()) == [1]
 
 
 def test_no_memory_to_take_it_along(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

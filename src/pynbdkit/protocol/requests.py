@@ -45,7 +45,10 @@ FIRST_BUFFER: Final = 4 * 1024
 SMALL_BUFFER: Final = 64 * 1024
 """What it grows to when it has something to do."""
 LARGE_BUFFER: Final = 2 * 1024 * 1024
-"""What a busy connection's buffer grows to; more only while one larger write arrives."""
+"""What a busy connection's buffer grows to; more only while larger writes arrive."""
+ONCE_MORE: Final = 16
+"""So often a buffer that a larger write has made is used after it: another one may follow, and new
+memory for each would take longer than the rest."""
 MAPPED_BUFFER: Final = 128 * 1024
 """From this size on a buffer is a mapping of its own: what no byte has come to costs no memory, so
 that a large write costs what was sent of it, not what was announced."""
@@ -97,6 +100,7 @@ class RequestParser:
         self._need = self._header  # bytes from _start that the next request needs
         self._skip = 0  # bytes of an oversized payload still to come
         self._aim = FIRST_BUFFER  # the size that the buffer should have, next time
+        self._keep = 0  # how often it is still used, when that is more than LARGE_BUFFER
         self.broken = ""
         """Why nothing more can be understood (a wrong magic number); "" as long as all is well."""
 
@@ -113,9 +117,15 @@ class RequestParser:
     def space(self) -> memoryview:
         """Where the next bytes go: never empty. Ends the life of earlier payloads."""
         start, end, need = self._start, self._end, self._need
+        if need > LARGE_BUFFER:
+            self._keep = ONCE_MORE
+        elif self._aim > LARGE_BUFFER:
+            self._keep -= 1
+            if not self._keep:
+                self._aim = LARGE_BUFFER
         if need > self._aim:
-            self._aim = min(max(need, SMALL_BUFFER), LARGE_BUFFER)
-        size = need if need > self._aim else self._aim
+            self._aim = max(need, SMALL_BUFFER)
+        size = self._aim
         if size != self._size and end - start < size:
             tail = self._view[start:end]
             self._renew(size)
@@ -144,7 +154,7 @@ class RequestParser:
             self._start += skipped
         result = self._parse_extended() if self._extended else self._parse()
         if self._end == self._size and (len(result) < FEW_REQUESTS or self._size < SMALL_BUFFER):
-            self._aim = min(max(4 * self._aim, SMALL_BUFFER), LARGE_BUFFER)
+            self._aim = max(self._aim, min(max(4 * self._aim, SMALL_BUFFER), LARGE_BUFFER))
         elif len(result) > MANY_REQUESTS:
             self._aim = SMALL_BUFFER
         return result

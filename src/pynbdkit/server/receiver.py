@@ -30,6 +30,8 @@ WORTH_WAITING: Final = 16 << 10
 """When more of a write's payload is missing, it is received in one go, not as it trickles in."""
 LARGE_PAYLOAD: Final = 64 << 10
 """To store so many bytes takes long enough for a client to fill the socket meanwhile, and sleep."""
+LARGEST_PAYLOAD: Final = 1 << 20
+"""Beyond that, what a socket takes meanwhile is little, and a second buffer is much."""
 LONG_SILENCE: Final = 5.0
 """Seconds after which a client that sends nothing is idle: it needs no large buffer."""
 POLL_FOR: Final = 60e-6
@@ -97,8 +99,8 @@ class Receiver:
                     self._few = 0
                 elif self._polls:
                     self._few = self._few + 1 if self.alone else 0
-                if requests[-1][4] >= LARGE_PAYLOAD and requests[-1][5] is not None:
-                    self._take_along()
+                if LARGE_PAYLOAD <= requests[-1][4] <= LARGEST_PAYLOAD:
+                    self._take_along(requests[-1][5])
                 return requests
 
     def receive_what_is_there(self) -> list[Request]:
@@ -123,14 +125,16 @@ class Receiver:
             self._may_go_on()  # no more will come, where they cannot be understood
         return requests
 
-    def _take_along(self) -> None:
-        """Receive what has come behind a large payload, which stays valid.
+    def _take_along(self, payload: memoryview | None) -> None:
+        """Receive what has come behind a large payload, if there is one, which stays valid.
 
         A client that has filled the socket is woken when most of it was taken out; it would sleep
         through all that we do before.
         """
         parser = self.parser
-        if not self.plain or not self.alone or parser.partial or parser.broken:
+        if payload is None or not self.plain or not self.alone:
+            return
+        if parser.partial or parser.broken:
             return
         try:
             parser.turn_over()
