@@ -415,6 +415,49 @@ def test_a_signal_lets_running_requests_finish(slow: Slow, nbd: ModuleType, numb
     assert slow.notes.read_text().split() == ["pread", "close", "cleanup"]
 
 
+EARLY = """
+import os, signal, sys
+from pynbdkit.cli.main import run
+from pynbdkit.cli.where import Where
+
+listen = Where.listen
+
+def listen_and_stop(self, identity):
+    sockets = listen(self, identity)
+    os.kill(os.getpid(), signal.{number})
+    return sockets
+
+Where.listen = listen_and_stop
+sys.argv[1:] = {words!r}
+run()
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGQUIT"])
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["-f", "-U", "-", "memory", "1M"], 0),
+        (["-f", "-U", "-", "memory", "1M", "--workers=2"], 0),
+        (["-U", "-", "memory", "1M", "--run", "sleep 100"], 143),
+    ],
+    ids=["one", "workers", "run"],
+)
+def test_a_signal_as_soon_as_there_is_a_socket(
+    sockdir: Path, number: str, words: list[str], status: int
+) -> None:
+    """It is an orderly end, as later."""
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY.format(number=number, words=words)],
+        env={**os.environ, "TMPDIR": str(sockdir)},
+        stdin=subprocess.DEVNULL,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == status
+    assert not list(sockdir.glob("pynbdkit-*"))
+
+
 def test_a_second_signal_ends_at_once(slow: Slow, nbd: ModuleType) -> None:
     slow.handle.aio_pread(nbd.Buffer(512), 512)
     wait_for_file(slow.notes, "pread")

@@ -124,6 +124,7 @@ class Background:
         except OSError as error:
             raise ConfigError(f"cannot go into the background: {error.strerror}") from None
         if child:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # see `HeldSignals`
             os.close(self._tell)
             status = 1
             try:
@@ -220,6 +221,16 @@ def write_pidfile(path: str, pid: int) -> None:
 
 
 # -- signals ---------------------------------------------------------------------------------------
+
+
+class HeldSignals:
+    """Where SIGINT, SIGTERM, SIGQUIT wait: who sees the socket may stop us before `on_signals`."""
+
+    def __enter__(self) -> None:
+        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+    def __exit__(self, *_: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
 
 
 def on_signals(stop: Callable[[int], bool], at_once: Callable[[], None]) -> None:

@@ -81,6 +81,7 @@ class Captive:
                 os.environ,
                 file_actions=[(os.POSIX_SPAWN_DUP2, hear, gate)],
                 setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # Python ignores them
+                setsigmask=[],  # ours wait (`HeldSignals`)
             )
         except OSError as error:
             raise ConfigError(f"--run: /bin/sh: {error.strerror}") from None

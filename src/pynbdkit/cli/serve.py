@@ -123,21 +123,22 @@ class Service:
         captive: Captive | None = None
         serving: OneProcess | Supervisor | None = None
         try:
-            sockets = [] if self._client is not None else where.listen(self._identity)
-            log.debug(f"listening on {where.uri('')}" if sockets else "the client is on stdin")
-            if line.run is not None:
-                from .captive import Captive
+            with background.HeldSignals():
+                sockets = [] if self._client is not None else where.listen(self._identity)
+                log.debug(f"listening on {where.uri('')}" if sockets else "the client is on stdin")
+                if line.run is not None:
+                    from .captive import Captive
 
-                captive = Captive(line.run, where.variables(line.exportname or ""))
-            daemon = None if self._stays else background.Background()
-            if self._workers > 1:
-                serving = self._supervisor(chain, sockets, captive, daemon)
-            else:
-                server = Server(chain, sockets, **self._options())
-                serving = OneProcess(server, self._client, captive, self._parent)
-            if daemon is not None:
-                daemon.fork(lambda pid: self._announce(where, pid))
-            _on_signals(serving, captive, where)
+                    captive = Captive(line.run, where.variables(line.exportname or ""))
+                daemon = None if self._stays else background.Background()
+                if self._workers > 1:
+                    serving = self._supervisor(chain, sockets, captive, daemon)
+                else:
+                    server = Server(chain, sockets, **self._options())
+                    serving = OneProcess(server, self._client, captive, self._parent)
+                if daemon is not None:
+                    daemon.fork(lambda pid: self._announce(where, pid))
+                _on_signals(serving, captive, where)
             if self._credentials is not None:
                 signal.signal(signal.SIGHUP, lambda number, frame: serving.reload())
             if line.swap:
