@@ -152,20 +152,27 @@ def put(parser: RequestParser, data: bytes) -> None:
     parser.received(len(data))
 
 
+def batches(parser: RequestParser, data: bytes) -> Iterator[list[Any]]:
+    """Receive `data` as a socket would, as much at a time as fits: the requests of each time."""
+    rest = memoryview(data)
+    while rest:
+        space = parser.space()
+        assert len(space) > 0  # a socket that is asked for nothing says that it is at its end
+        count = min(len(space), len(rest))
+        space[:count] = rest[:count]
+        parser.received(count)
+        rest = rest[count:]
+        yield parser.requests()
+
+
+def copies(batch: list[Any]) -> list[Parsed]:
+    """Requests whose payloads stay what they are."""
+    return [(*r[:5], None if r[5] is None else bytes(r[5])) for r in batch]
+
+
 def feed(parser: RequestParser, pieces: Iterator[bytes] | Sequence[bytes]) -> list[Parsed]:
-    """Receive pieces as a socket would, and keep a copy of every request at once."""
-    result: list[Parsed] = []
-    for piece in pieces:
-        while piece:
-            space = parser.space()
-            assert len(space) > 0  # a socket that is asked for nothing says that it is at its end
-            count = min(len(space), len(piece))
-            space[:count] = piece[:count]
-            parser.received(count)
-            piece = piece[count:]
-            batch = parser.requests()
-            result += [(*r[:5], None if r[5] is None else bytes(r[5])) for r in batch]
-    return result
+    """Receive pieces, and keep a copy of every request at once."""
+    return [copy for piece in pieces for batch in batches(parser, piece) for copy in copies(batch)]
 
 
 def size_of(parser: RequestParser) -> int:
@@ -305,18 +312,13 @@ def test_payloads_live_until_it_turns_over_again(
         data = b"".join(request.wire() for request in sent)
         batch: list[Any] = []
         for piece in split(data, cuts):
-            while piece:
-                space = parser.space()
-                count = min(len(space), len(piece))
-                space[:count] = piece[:count]
-                parser.received(count)
-                piece = piece[count:]
-                batch = parser.requests()
+            for received in batches(parser, piece):
+                batch = received
         assert not parser.partial
-        assert [(*r[:5], None if r[5] is None else bytes(r[5])) for r in before] == expected
+        assert copies(before) == expected
         parser.turn_over()
         before = batch
-        expected = [(*r[:5], None if r[5] is None else bytes(r[5])) for r in batch]
+        expected = copies(batch)
 
 
 @pytest.mark.parametrize("extended", [False, True])
@@ -325,16 +327,7 @@ def test_a_large_payload_is_where_memory_is_copied_fastest(extended: bool) -> No
     kind = SentExtended if extended else Sent
     whole = kind(0, WRITE, 1, 0, 200 * KIB, noise(200 * KIB)).wire()
     for _ in range(6):
-        requests: list[Any] = []
-        at = 0
-        while not requests:
-            space = parser.space()
-            count = min(len(space), len(whole) - at)
-            space[:count] = whole[at : at + count]
-            parser.received(count)
-            at += count
-            requests = parser.requests()
-        (request,) = requests
+        (request,) = [request for batch in batches(parser, whole) for request in batch]
         address = ctypes.addressof(ctypes.c_char.from_buffer(request[5]))
         assert address % ALIGNMENT == 0
         parser.turn_over()
@@ -368,21 +361,16 @@ def test_payloads_live_on_after_detach(
     """Whatever comes later, and wherever in a request detach comes."""
     data = b"".join(request.wire() for request in (*before, *after))
     parser = RequestParser(max_payload=LIMIT)
-    kept: list[tuple[int, int, int, int, int, memoryview | None]] = []
+    kept: list[Any] = []
     for piece in split(data, cuts):
-        while piece:
-            space = parser.space()
-            count = min(len(space), len(piece))
-            space[:count] = piece[:count]
-            parser.received(count)
-            piece = piece[count:]
-            kept += parser.requests()
+        for batch in batches(parser, piece):
+            kept += batch
             parser.detach()
     expected = [request.parsed() for request in (*before, *after)]
     rest = [write(noise(LIMIT, 99), number) for number in range(400)]
     late = feed(parser, split(b"".join(r.wire() for r in rest), more))
     assert late == [request.parsed() for request in rest]
-    assert [(*r[:5], None if r[5] is None else bytes(r[5])) for r in kept] == expected
+    assert copies(kept) == expected
 
 
 @given(requests, cuts, st.lists(st.booleans(), min_size=40, max_size=40))
@@ -485,16 +473,7 @@ def test_a_stream_of_writes_is_held_in_a_bounded_buffer(count: int) -> None:
 
 def flood(parser: RequestParser, message: bytes, times: int) -> int:
     """Receive as much at a time as fits; returns the most requests of one batch."""
-    stream = message * times
-    at = most = 0
-    while at < len(stream):
-        space = parser.space()
-        taken = min(len(space), len(stream) - at)
-        space[:taken] = stream[at : at + taken]
-        parser.received(taken)
-        most = max(most, len(parser.requests()))
-        at += taken
-    return most
+    return max(map(len, batches(parser, message * times)))
 
 
 @pytest.mark.parametrize("count", [4 * KIB, 256 * KIB])

@@ -313,19 +313,28 @@ def test_what_came_with_the_handshake_is_served_before_anything_is_received(pair
     assert cookies(ours.receive()) == [2]
 
 
+def before_receiving(monkeypatch: pytest.MonkeyPatch, call: Callable[[int, int], object]) -> None:
+    """Have `call(nbytes, flags)` called before a socket receives."""
+    plain = socket.socket.recv_into
+
+    def receive(self: socket.socket, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        call(nbytes, flags)
+        return plain(self, buffer, nbytes, flags)
+
+    monkeypatch.setattr(socket.socket, "recv_into", receive, raising=False)
+
+
 @pytest.mark.parametrize("missing", [WORTH_WAITING, WORTH_WAITING + 1])
 def test_the_rest_of_a_large_payload_is_received_in_one_go(
     pair: Pair, missing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[int, int]] = []
-    plain = socket.socket.recv_into
 
-    def note(self: socket.socket, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+    def note(nbytes: int, flags: int) -> None:
         if flags != socket.MSG_DONTWAIT:  # that is for what comes behind it
             calls.append((nbytes, flags))
         if len(calls) == 2 and not sender.ident:
             sender.start()
-        return plain(self, buffer, nbytes, flags)
 
     payload = (bytes(range(256)) * 100)[: FIRST_BUFFER - 28 + missing]
     whole = Raw.request(WRITE, 1, 0, len(payload)) + payload
@@ -335,7 +344,7 @@ def test_the_rest_of_a_large_payload_is_received_in_one_go(
             pair[1].sendall(whole[start : start + 1000])
 
     sender = threading.Thread(target=trickle)
-    monkeypatch.setattr(socket.socket, "recv_into", note, raising=False)
+    before_receiving(monkeypatch, note)
     ours = Receiver(pair[0], b"", False)
     pair[1].sendall(whole[: len(whole) - missing])
     (request,) = ours.receive()
@@ -384,14 +393,12 @@ def test_the_payload_is_not_where_the_next_goes(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What comes with the end of a payload that was waited for, in buffers that are used again."""
-    plain = socket.socket.recv_into
 
-    def receive(self: socket.socket, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+    def send_the_rest(nbytes: int, flags: int) -> None:
         if flags == socket.MSG_WAITALL:
             pair[1].sendall(message[20_000:])
-        return plain(self, buffer, nbytes, flags)
 
-    monkeypatch.setattr(socket.socket, "recv_into", receive, raising=False)
+    before_receiving(monkeypatch, send_the_rest)
     ours = Receiver(pair[0], b"", False)
     for number in range(6):
         message = large(number) + large(99, 4096)
@@ -411,15 +418,13 @@ def test_it_is_taken_along_where_it_pays(
 ) -> None:
     """A small payload is stored soon, of a large one a socket takes little; and where others are
     busy, they use the time."""
-    plain = socket.socket.recv_into
     client = threading.Thread(target=pair[1].sendall, args=(large(1, count) + READS[3],))
 
-    def receive(self: socket.socket, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+    def wait_for_all(nbytes: int, flags: int) -> None:
         if flags == socket.MSG_DONTWAIT:
-            client.join(WAIT)  # all is there
-        return plain(self, buffer, nbytes, flags)
+            client.join(WAIT)
 
-    monkeypatch.setattr(socket.socket, "recv_into", receive, raising=False)
+    before_receiving(monkeypatch, wait_for_all)
     ours = Receiver(pair[0], b"", False)
     ours.alone = alone
     client.start()
