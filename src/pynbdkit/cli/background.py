@@ -11,7 +11,7 @@ from ..errors import ConfigError, PynbdkitError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import FrameType
     from typing import Final
 
@@ -224,10 +224,13 @@ def write_pidfile(path: str, pid: int) -> None:
 
 
 class HeldSignals:
-    """Where SIGINT, SIGTERM, SIGQUIT wait: who sees the socket may stop us before `on_signals`."""
+    """Where signals wait until we are ready for them."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self._numbers = numbers
 
     def __enter__(self) -> None:
-        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
 
     def __exit__(self, *_: object) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._before)

@@ -123,7 +123,8 @@ class Service:
         captive: Captive | None = None
         serving: OneProcess | Supervisor | None = None
         try:
-            with background.HeldSignals():
+            # Who sees the socket may stop us at once.
+            with background.HeldSignals(background.STOP_SIGNALS):
                 sockets = [] if self._client is not None else where.listen(self._identity)
                 log.debug(f"listening on {where.uri('')}" if sockets else "the client is on stdin")
                 if line.run is not None:

@@ -410,17 +410,16 @@ class Supervisor:
             self._cannot_fork(number, error)
             return
         background.flush()  # or it would be printed by both
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            pid = os.fork()
-            if pid == 0:
-                self._be_a_worker(link, channel)
+            with background.HeldSignals(SIGNALS):
+                pid = os.fork()
+                if pid == 0:
+                    self._be_a_worker(link, channel)
         except OSError as error:
             link.close()
             self._cannot_fork(number, error)
             return
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             channel.close()
         self._workers.append(_Worker(number, pid, link))
 

@@ -4,8 +4,8 @@ Theory: `RequestParser` owns one large buffer. Bytes are received straight into 
 `received(n)`, `requests()` returns everything complete in the buffer at once. A write's payload is
 a memoryview of the buffer: nothing is copied, and so a batch's payloads are valid until the next
 call of `space()` (of `turn_over()`, if it is called before; or for good after `detach()`, which
-leaves them the old buffer). A request at the beginning of a large buffer has its
-payload where memory is copied fastest (`ALIGNMENT`).
+leaves them the old buffer). A request at the beginning of a large buffer has its payload where
+memory is copied fastest (`ALIGNMENT`).
 
 A request is a plain tuple, because it is made once per request on the hot path:
 ``(flags, kind, cookie, offset, count, payload)``; `payload` is None but for a write, and for a
@@ -228,13 +228,14 @@ class RequestParser:
         For when no request has begun (`partial`): what has begun is not taken along. Raises
         MemoryError, and then nothing has changed.
         """
-        view, spare = self._view, self._spare
-        lasting = self._size == self._aim
-        if spare is not None and lasting:
-            self._view = spare
+        if self._size != self._aim:
+            self._renew(self._aim)  # and there is no second one of that size yet
         else:
-            self._renew(self._aim)
-        if lasting:
+            view, spare = self._view, self._spare
+            if spare is None:
+                self._renew(self._size)
+            else:
+                self._view = spare
             self._spare = view
         self._start = self._end = 0
 

@@ -123,8 +123,7 @@ class Transmission:
         quick = may_block is False or self._measured
         self._may_ride = quick and lock is None and self.receiver.plain and carousel.available
         carousel.connections += 1
-        self.company = Company(carousel, self, in_memory=not self._measured)
-        """What we know of other connections that are busy."""
+        self._company = Company(carousel, self, in_memory=not self._measured)
         self.off: threading.Lock | None = None
         """Held while the carousel serves us (see `get_on`)."""
         self.awaited = 0
@@ -206,10 +205,7 @@ class Transmission:
                 if self._dispatching:
                     crew.dispatch(requests)
                     continue
-                batch: deque[Request | None] = deque(requests)
-                batch.append(None)
-                self._batch = batch
-                self._serial += 1
+                batch = self._begin(requests)
                 del requests  # a payload keeps the whole buffer, also while the client is silent
             more = True
             while more:
@@ -240,6 +236,14 @@ class Transmission:
             self._why = why
         if self._crew is not None:
             self._crew.close()
+
+    def _begin(self, requests: list[Request]) -> deque[Request | None]:
+        """Have requests as the batch that is run, from which another thread may take over."""
+        batch: deque[Request | None] = deque(requests)
+        batch.append(None)  # the end, also of what was taken over
+        self._batch = batch
+        self._serial += 1
+        return batch
 
     def _run_measured(self, batch: deque[Request | None]) -> bool:
         """Run a batch, and find out whether its calls wait; as `Runner.run_batch`."""
@@ -296,14 +300,14 @@ class Transmission:
     def _look_around(self, requests: list[Request]) -> int:
         """Find out, batch by batch, whether others are busy; returns the first request's bytes."""
         count = requests[0][4]
-        self.company.look_around(count, requests[0][5] is not None)
-        self.receiver.alone = self.company.alone
+        self._company.look_around(count, requests[0][5] is not None)
+        self.receiver.alone = self._company.alone
         return count
 
     def _would_ride(self, count: int) -> bool:
         """Whether to ride with others that are busy, after a request of `count` bytes."""
         return (
-            self.company.found(count)
+            self._company.found(count)
             and self._may_ride
             and self.off is None
             and not self._dispatching
@@ -313,7 +317,7 @@ class Transmission:
 
     def _ride(self) -> None:
         """Let the carousel read for us, until we have to go on by ourselves; raises as `_read`."""
-        self.company.forget()
+        self._company.forget()
         epoch = self._epoch
         self._carousel.ride(self)
         self.send()
@@ -362,11 +366,8 @@ class Transmission:
                 if not requests:
                     return 0 if receiver.parser.missing > SMALL_REQUEST else EPOLLIN
                 first = requests[0][4]
-                self.company.weigh(first, requests[0][5] is not None)
-                batch: deque[Request | None] = deque(requests)
-                batch.append(None)
-                self._batch = batch
-                self._serial += 1
+                self._company.weigh(first, requests[0][5] is not None)
+                batch = self._begin(requests)
             finally:
                 self._turn.release()
             set_current(self._session)
@@ -378,7 +379,7 @@ class Transmission:
             sent = self.sender.send_without_waiting()
             if more or self._dispatching or self._waited or receiver.parser.broken:
                 return 0
-            if not self.company.suits(first):
+            if not self._company.suits(first):
                 return 0
             return EPOLLIN if sent else EPOLLOUT
         except BaseException as failure:  # it is for our own thread to say what it is
